@@ -119,7 +119,9 @@ class Settlement:
 class PaymentStatus:
     """`preimage`, `amount_msat` and `fee_msat` are set when SUCCEEDED, and then the SHA-256 of the
     preimage is the hash (a back end answers UNKNOWN where it is not). `failure_code` is a word of
-    the node's, safe to log."""
+    the node's, safe to log. One of them matters: FAILED with `incorrect_payment_details` is the
+    payee refusing an HTLC, which it also does when the invoice *has been paid already*; after a
+    NOT_FOUND and a re-submission it is therefore no proof that nothing was paid."""
 
     payment_hash: str
     state: PaymentState
@@ -156,12 +158,9 @@ class BackendAuthError(BackendError):
 
 
 class BackendRejected(BackendError):
-    """The node answered and certainly did nothing. `reason` is a stable word: malformed,
-    wrong_network, expired, insufficient_funds, fee_limit, already_paid, in_flight, self_payment,
-    conflict, unsupported, quota, refused.
-
-    `already_paid` and `in_flight` say that *this call* did nothing while an earlier one did: the
-    caller must look the payment up, and must not count it as failed."""
+    """The node answered, did nothing, and had done nothing for this request before: an attempt to
+    pay has failed. `reason` is a stable word: malformed, wrong_network, expired,
+    insufficient_funds, fee_limit, self_payment, conflict, unsupported, quota, refused."""
 
     code = "lightning_rejected"
 
@@ -227,8 +226,9 @@ class LightningBackend(Protocol):
     ) -> PaymentStatus:
         """Pay. IN_FLIGHT when `timeout_s` passed first; FAILED only if `failed_is_definitive`,
         else UNKNOWN. Cancelling the task leaves the outcome unknown: the node goes on. The same
-        invoice again is safe where `refuses_duplicate_hash`: it gives SUCCEEDED with the same
-        preimage, or `BackendRejected` with reason already_paid or in_flight."""
+        invoice again never raises `BackendRejected` for being the same: a back end whose node
+        refuses it (`refuses_duplicate_hash`) looks up and answers what became of the first call,
+        SUCCEEDED with its preimage or IN_FLIGHT. After FAILED it is a new attempt."""
         ...
 
     async def lookup_payment(self, payment_hash: str) -> PaymentStatus: ...
