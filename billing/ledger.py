@@ -1,0 +1,197 @@
+"""The double-entry ledger: accounts, transfers, balances.
+
+A transfer moves `amount_msat` from a debit account to a credit account in the sense of bookkeeping:
+a liability (what we owe somebody) grows by credits and shrinks by debits; an asset the other way
+round. Accounts are names; docs/money.md lists them with an example for each transfer.
+
+    assets:lightning                      what our node holds for us
+    liabilities:client:{account}          a payer's balance
+    liabilities:escrow:{job}              held for one job
+    liabilities:worker:{worker}           earned, not yet sent
+    liabilities:payouts_sending           on its way out
+    liabilities:unassigned                receipts that match no invoice of ours
+    income:router_fees   expenses:routing_fees   expenses:goodwill   equity:operator
+
+A transfer's id is made by its caller from what it is about (`transfer_id`), so posting it twice is
+harmless. Nothing is edited: a mistake is put right by another transfer. Only liabilities keep a
+stored balance, which a CHECK holds at zero or above; the others are sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billing.errors import InsufficientFunds
+
+LIGHTNING = "assets:lightning"
+SENDING = "liabilities:payouts_sending"
+UNASSIGNED = "liabilities:unassigned"
+ROUTER_FEES = "income:router_fees"
+ROUTING_FEES = "expenses:routing_fees"
+GOODWILL = "expenses:goodwill"
+OPERATOR = "equity:operator"
+
+_LIABILITY = "liabilities:"
+
+
+def client(account_id: str) -> str:
+    return f"liabilities:client:{account_id}"
+
+
+def escrow(job_id: str) -> str:
+    return f"liabilities:escrow:{job_id}"
+
+
+def worker(worker_id: str) -> str:
+    return f"liabilities:worker:{worker_id}"
+
+
+def transfer_id(reference: str, code: str) -> str:
+    """The id of the transfer `code` about `reference`: the same always, so that it posts once."""
+    return hashlib.sha256(f"{code}\0{reference}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One movement. `reference` is the job, invoice or payout; `code` says what it is for."""
+
+    debit: str
+    credit: str
+    amount_msat: int
+    code: str
+    reference: str
+
+    @property
+    def id(self) -> str:
+        return transfer_id(self.reference, self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A transfer as it looks from one account: positive when it grew a liability."""
+
+    transfer_id: str
+    code: str
+    reference: str
+    change_msat: int
+    other_account: str
+
+
+_INSERT = """
+with given as (
+    select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[])
+        t(id, debit, credit, amount_msat, code, reference))
+insert into ledger_transfers (id, debit, credit, amount_msat, code, reference)
+select id, debit, credit, amount_msat, code, reference from given
+on conflict (id) do nothing
+returning id"""
+
+_LOCK = """
+select account, balance_msat from ledger_balances where account = any($1::text[])
+order by account for update"""
+
+_CREDIT = """
+insert into ledger_balances (account, balance_msat)
+select * from unnest($1::text[], $2::bigint[])
+on conflict (account) do update
+    set balance_msat = ledger_balances.balance_msat + excluded.balance_msat"""
+
+_DEBIT = """
+update ledger_balances b set balance_msat = b.balance_msat - t.amount_msat
+from unnest($1::text[], $2::bigint[]) t(account, amount_msat)
+where b.account = t.account"""
+
+# An escrow lives as long as its job: its row goes when it is empty, its transfers stay.
+_CLOSE = "delete from ledger_balances where account = any($1::text[]) and balance_msat = 0"
+
+
+async def post(connection: Any, transfers: Sequence[Transfer]) -> set[str]:
+    """Post transfers in the caller's transaction; returns the ids that were not there before.
+
+    Transfers of 0 msat are left out. Safe to repeat. Raises InsufficientFunds, with nothing moved,
+    when a liability would go below zero; the transaction must then be rolled back.
+    """
+    wanted = {t.id: t for t in transfers if t.amount_msat > 0}
+    if not wanted:
+        return set()
+    rows = list(wanted.values())
+    inserted = await connection.fetch(
+        _INSERT,
+        list(wanted),
+        [t.debit for t in rows],
+        [t.credit for t in rows],
+        [t.amount_msat for t in rows],
+        [t.code for t in rows],
+        [t.reference for t in rows],
+    )
+    new = {row["id"] for row in inserted}
+    await _move(connection, [wanted[i] for i in new])
+    return new
+
+
+async def _move(connection: Any, transfers: Iterable[Transfer]) -> None:
+    change: dict[str, int] = defaultdict(int)
+    for transfer in transfers:
+        if transfer.debit.startswith(_LIABILITY):
+            change[transfer.debit] -= transfer.amount_msat
+        if transfer.credit.startswith(_LIABILITY):
+            change[transfer.credit] += transfer.amount_msat
+    # In name order, so that two posts that touch the same accounts cannot deadlock.
+    names = sorted(change)
+    lowered = [n for n in names if change[n] < 0]
+    raised = [n for n in names if change[n] > 0]
+    if lowered:
+        held = await lock_balances(connection, names)
+        for name in lowered:
+            if held.get(name, 0) + change[name] < 0:
+                raise InsufficientFunds(name, -change[name], held.get(name, 0))
+    if raised:
+        await connection.execute(_CREDIT, raised, [change[n] for n in raised])
+    if lowered:
+        await connection.execute(_DEBIT, lowered, [-change[n] for n in lowered])
+        escrows = [n for n in lowered if n.startswith("liabilities:escrow:")]
+        if escrows:
+            await connection.execute(_CLOSE, escrows)
+
+
+async def lock_balances(connection: Any, accounts: Iterable[str]) -> dict[str, int]:
+    """Stored balances in msat, locked until the transaction ends, in name order."""
+    rows = await connection.fetch(_LOCK, sorted(set(accounts)))
+    return {row["account"]: row["balance_msat"] for row in rows}
+
+
+async def balance_msat(connection: Any, account: str) -> int:
+    """What a liability holds; for any other account its debits less its credits."""
+    if account.startswith(_LIABILITY):
+        return await connection.fetchval(
+            "select balance_msat from ledger_balances where account = $1", account
+        ) or 0
+    return await connection.fetchval(
+        "select coalesce(sum(case when debit = $1 then amount_msat else -amount_msat end), 0)::bigint"
+        " from ledger_transfers where debit = $1 or credit = $1",
+        account,
+    )
+
+
+async def entries(connection: Any, account: str, *, limit: int = 100) -> list[Entry]:
+    """The latest transfers of an account, newest first."""
+    rows = await connection.fetch(
+        "select * from ledger_transfers where debit = $1 or credit = $1"
+        " order by created_at desc, id limit $2",
+        account,
+        limit,
+    )
+    return [
+        Entry(
+            row["id"],
+            row["code"],
+            row["reference"],
+            row["amount_msat"] if row["credit"] == account else -row["amount_msat"],
+            row["debit"] if row["credit"] == account else row["credit"],
+        )
+        for row in rows
+    ]

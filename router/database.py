@@ -1,0 +1,219 @@
+"""PostgreSQL: connections, transactions, migrations, and the batching writer of the hot statements.
+
+Whoever opens a transaction commits it; functions that are given a connection do not. SQLModel
+describes the tables and migrations follow it; statements are written in SQL and run by asyncpg,
+which costs a small part of an ORM session's CPU (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+
+log = logging.getLogger(__name__)
+
+Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+Handler = Callable[[Any, list[Any]], Awaitable[Sequence[Any]]]
+
+_TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+
+
+class DatabaseUnavailable(Exception):
+    """PostgreSQL cannot be reached; nothing was changed, or it is not known to have been."""
+
+
+_GONE = (
+    OSError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    TimeoutError,
+)
+
+
+def sqlalchemy_url(url: str) -> str:
+    """The same database for SQLAlchemy's asyncpg dialect."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme="postgresql+asyncpg"))
+
+
+def with_parameters(url: str, **parameters: str) -> str:
+    """The URL with query parameters added."""
+    parts = urlsplit(url)
+    query = {k: v[0] for k, v in parse_qs(parts.query).items()} | parameters
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the database at `url` to a revision. Blocks: call it in a thread from async code."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    command.upgrade(config, revision)
+
+
+class Database:
+    """A pool of connections."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self.pool = pool
+
+    @classmethod
+    async def open(cls, url: str, *, size: int = 10) -> Database:
+        pool = await asyncpg.create_pool(
+            url,
+            min_size=2,
+            max_size=size,
+            command_timeout=60,
+            max_inactive_connection_lifetime=300,
+            server_settings={"application_name": "satherd"},
+        )
+        return cls(pool)
+
+    async def close(self) -> None:
+        try:
+            await asyncio.wait_for(self.pool.close(), 10)
+        except TimeoutError:
+            self.pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """A connection without a transaction, for reads. Raises DatabaseUnavailable."""
+        try:
+            async with self.pool.acquire(timeout=10) as connection:
+                yield connection
+        except _GONE as error:
+            raise DatabaseUnavailable(str(error)) from error
+
+    @asynccontextmanager
+    async def transaction(self, isolation: str = "read_committed") -> AsyncIterator[Any]:
+        """A connection in a transaction that commits at the end. Raises DatabaseUnavailable."""
+        async with self.connection() as connection, connection.transaction(isolation=isolation):
+            yield connection
+
+
+class BatchingWriter:
+    """Runs hot writes many at a time: what arrived during the last commit is the next batch.
+
+    Each kind of write has a handler that takes a connection and a list of rows and returns one
+    result for each row, in order; a result that is an exception is raised at the caller of that row
+    alone, and the handler must not have changed anything for it. A turn is one transaction; callers
+    go on after its commit. A turn that fails is run again row by row, so that one bad row does not
+    fail its neighbours. One writer per process: two would split the batches and be slower.
+    """
+
+    def __init__(self, database: Database, handlers: dict[str, Handler], *, most: int = 512) -> None:
+        self._database = database
+        self._handlers = handlers
+        self._most = most
+        self._waiting: dict[str, list[tuple[Any, asyncio.Future]]] = {k: [] for k in handlers}
+        self._some = asyncio.Event()
+        self._task: asyncio.Task | None = None
+        self.turns = 0
+        self.rows = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="batching-writer")
+
+    async def stop(self) -> None:
+        """Finish what is waiting, then stop."""
+        while any(self._waiting.values()):
+            await asyncio.sleep(0.01)
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def write(self, kind: str, row: Any) -> Any:
+        """Run one write and return its result after the commit.
+
+        Raises what the handler gave for this row, or DatabaseUnavailable: then it is not known
+        whether the write happened, and the caller must ask the database before it acts on it.
+        """
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[kind].append((row, future))
+        self._some.set()
+        # A caller that goes away must not take the write of its row with it.
+        return await asyncio.shield(future)
+
+    async def _run(self) -> None:
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            batch = {}
+            for kind, rows in self._waiting.items():
+                if rows:
+                    batch[kind], self._waiting[kind] = rows[: self._most], rows[self._most :]
+                    if self._waiting[kind]:
+                        self._some.set()
+            if batch:
+                self.turns += 1
+                await self._turn(batch)
+
+    async def _turn(self, batch: dict[str, list[tuple[Any, asyncio.Future]]]) -> None:
+        try:
+            results = await self._together({k: [r for r, _ in rows] for k, rows in batch.items()})
+        except DatabaseUnavailable as error:
+            for rows in batch.values():
+                for _, future in rows:
+                    _fail(future, error)
+            return
+        except Exception as error:
+            size = sum(len(rows) for rows in batch.values())
+            if size > 1:
+                log.warning("batch of %d writes failed, running them singly: %r", size, error)
+            for kind, rows in batch.items():
+                for row, future in rows:
+                    await self._alone(kind, row, future)
+            return
+        for kind, rows in batch.items():
+            self.rows += len(rows)
+            for (_, future), result in zip(rows, results[kind], strict=True):
+                _resolve(future, result)
+
+    async def _together(self, batch: dict[str, list[Any]]) -> dict[str, Sequence[Any]]:
+        results = {}
+        async with self._database.transaction() as connection:
+            for kind, rows in batch.items():
+                results[kind] = await self._handlers[kind](connection, rows)
+        return results
+
+    async def _alone(self, kind: str, row: Any, future: asyncio.Future) -> None:
+        for attempt in range(5):
+            try:
+                result = (await self._together({kind: [row]}))[kind][0]
+            except _TRANSIENT:
+                await asyncio.sleep(random.uniform(0, 0.02) * 2**attempt)
+                continue
+            except Exception as error:
+                _fail(future, error)
+                return
+            self.rows += 1
+            _resolve(future, result)
+            return
+        _fail(future, DatabaseUnavailable("too many deadlocks in a row"))
+
+
+def _resolve(future: asyncio.Future, result: Any) -> None:
+    if isinstance(result, BaseException):
+        _fail(future, result)
+    elif not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future, error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # marks it as seen: the caller may have gone away

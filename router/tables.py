@@ -1,0 +1,220 @@
+"""The tables of work, as SQLModel classes: the schema that migrations are checked against.
+
+    quotes     what was asked and at which price; the unit of payment
+    jobs       one answer each; the unit of work (states: router.job_states)
+    queue      a row for each lane in which a job waits, and only while it waits
+    attempts   one try at a job by one worker
+    job_chunks what a running job has said so far, for readers that come late
+    workers    who serves, with its record
+
+Texts of strangers (requests, answers) live in `quotes.request`, `jobs.spec`, `jobs.result` and
+`job_chunks` only: these are what gets wiped.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    Sequence,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlmodel import Field, SQLModel
+
+QUEUE_SEQ = Sequence("queue_seq", metadata=SQLModel.metadata)
+
+
+def _now() -> Column:
+    return Column(DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _time() -> Column:
+    return Column(DateTime(timezone=True), nullable=True)
+
+
+class QuoteRow(SQLModel, table=True):
+    """State: open, paid (its jobs run or ran), late (paid too late, credited), expired."""
+
+    __tablename__ = "quotes"
+    __table_args__ = (
+        CheckConstraint("offer_msat >= base_fee_msat", name="quotes_offer"),
+        Index("quotes_open", "expires_at", postgresql_where=text("state = 'open'")),
+    )
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    account_id: str | None = Field(default=None, sa_column=Column(Text))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    request: str | None = Field(default=None, sa_column=Column(Text))
+    request_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    base_fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    offer_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    payment_hash: str | None = Field(default=None, sa_column=Column(Text, unique=True))
+    max_wait_s: int = Field(sa_column=Column(Integer, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+    expires_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+
+
+class JobRow(SQLModel, table=True):
+    """`spec` and `result` are JSON texts, null once wiped. `rates` are those of the quote."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("held_msat >= 0", name="jobs_held"),
+        CheckConstraint("charged_msat is null or charged_msat <= held_msat", name="jobs_charged"),
+        Index("jobs_quote", "quote_id", "index"),
+        Index("jobs_running", "lease_ends_at", postgresql_where=text("state = 'running'")),
+        Index(
+            "jobs_waiting_until",
+            "wait_ends_at",
+            postgresql_where=text("state in ('queued', 'awaiting_payment')"),
+        ),
+        Index("jobs_wipe", "wipe_at", postgresql_where=text("wipe_at is not null")),
+        Index("jobs_created", "created_at"),
+    )
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    quote_id: str = Field(sa_column=Column(Text, nullable=False))
+    index: int = Field(sa_column=Column(Integer, nullable=False))
+    account_id: str = Field(sa_column=Column(Text, nullable=False))
+    key_id: str | None = Field(default=None, sa_column=Column(Text))
+    kind: str = Field(sa_column=Column(Text, nullable=False))
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    attempt: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    spec: str | None = Field(default=None, sa_column=Column(Text))
+    rates: str = Field(sa_column=Column(Text, nullable=False))
+    prompt_tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
+    max_tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
+    base_fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    held_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    multiplier_milli: int = Field(sa_column=Column(BigInteger, nullable=False))
+    seq: int | None = Field(default=None, sa_column=Column(BigInteger))
+    max_wait_s: int = Field(sa_column=Column(Integer, nullable=False))
+    charged_msat: int | None = Field(default=None, sa_column=Column(BigInteger))
+    commission_ppm: int | None = Field(default=None, sa_column=Column(Integer))
+    worker_id: str | None = Field(default=None, sa_column=Column(Text))
+    router_id: str | None = Field(default=None, sa_column=Column(Text))
+    lease_ends_at: datetime | None = Field(default=None, sa_column=_time())
+    wait_ends_at: datetime | None = Field(default=None, sa_column=_time())
+    created_at: datetime = Field(sa_column=_now())
+    queued_at: datetime | None = Field(default=None, sa_column=_time())
+    started_at: datetime | None = Field(default=None, sa_column=_time())
+    first_token_at: datetime | None = Field(default=None, sa_column=_time())
+    ended_at: datetime | None = Field(default=None, sa_column=_time())
+    end_reason: str | None = Field(default=None, sa_column=Column(Text))
+    shown: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
+    usage: str | None = Field(default=None, sa_column=Column(Text))
+    result: str | None = Field(default=None, sa_column=Column(Text))
+    wipe_at: datetime | None = Field(default=None, sa_column=_time())
+    wiped: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
+
+
+class QueueRow(SQLModel, table=True):
+    """A job that waits in a lane. Narrow on purpose: claims read nothing else."""
+
+    __tablename__ = "queue"
+    __table_args__ = (Index("queue_order", "lane", text("multiplier_milli desc"), "seq"),)
+    job_id: str = Field(sa_column=Column(Text, primary_key=True))
+    lane: str = Field(sa_column=Column(Text, primary_key=True))
+    multiplier_milli: int = Field(sa_column=Column(BigInteger, nullable=False))
+    seq: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class LaneEdge(SQLModel, table=True):
+    """A limit that some worker registered, so that rounding never strands a job that fits it."""
+
+    __tablename__ = "lane_edges"
+    dimension: str = Field(sa_column=Column(Text, primary_key=True))
+    edge: int = Field(sa_column=Column(BigInteger, primary_key=True))
+
+
+class AttemptRow(SQLModel, table=True):
+    """One try. `outcome` null while it runs; `error` is for the operator, never the client."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (Index("attempts_worker", "worker_id", "started_at"),)
+    job_id: str = Field(sa_column=Column(Text, primary_key=True))
+    n: int = Field(sa_column=Column(Integer, primary_key=True))
+    worker_id: str = Field(sa_column=Column(Text, nullable=False))
+    router_id: str = Field(sa_column=Column(Text, nullable=False))
+    started_at: datetime = Field(sa_column=_now())
+    ended_at: datetime | None = Field(default=None, sa_column=_time())
+    outcome: str | None = Field(default=None, sa_column=Column(Text))
+    blame: str | None = Field(default=None, sa_column=Column(Text))
+    error: str | None = Field(default=None, sa_column=Column(Text))
+    tokens: int | None = Field(default=None, sa_column=Column(BigInteger))
+
+
+class JobChunk(SQLModel, table=True):
+    """Output of a running job from character `start` of attempt `n`."""
+
+    __tablename__ = "job_chunks"
+    job_id: str = Field(sa_column=Column(Text, primary_key=True))
+    n: int = Field(sa_column=Column(Integer, primary_key=True))
+    start: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    text: str = Field(sa_column=Column(Text, nullable=False))
+    tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class WorkerRow(SQLModel, table=True):
+    """A worker, known by the hash of its key. Where it is paid stands in `payees`."""
+
+    __tablename__ = "workers"
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    key_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False, unique=True))
+    name: str | None = Field(default=None, sa_column=Column(Text))
+    models: list = Field(sa_column=Column(JSONB, nullable=False))
+    hardware: dict = Field(sa_column=Column(JSONB, nullable=False))
+    slots: int = Field(sa_column=Column(Integer, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+    last_seen_at: datetime = Field(sa_column=_now())
+    banned_at: datetime | None = Field(default=None, sa_column=_time())
+    ban_reason: str | None = Field(default=None, sa_column=Column(Text))
+    draining: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
+    jobs_done: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    jobs_failed: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    tokens: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    reliability: float = Field(default=1.0, sa_column=Column(Float, nullable=False, server_default="1"))
+    speeds: dict = Field(sa_column=Column(JSONB, nullable=False, server_default="{}"))
+
+
+class IdempotencyRow(SQLModel, table=True):
+    """A submit that is not to be done twice. Scope: an account, or an L402 credential."""
+
+    __tablename__ = "idempotency"
+    __table_args__ = (Index("idempotency_created", "created_at"),)
+    scope: str = Field(sa_column=Column(Text, primary_key=True))
+    key: str = Field(sa_column=Column(Text, primary_key=True))
+    request_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    quote_id: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+
+
+class SettingRow(SQLModel, table=True):
+    """A setting that an admin changed at run time; it outranks the environment."""
+
+    __tablename__ = "settings"
+    key: str = Field(sa_column=Column(Text, primary_key=True))
+    value: dict = Field(sa_column=Column(JSONB, nullable=False))
+
+
+class AuditRow(SQLModel, table=True):
+    """One change by an admin: who, when, before, after."""
+
+    __tablename__ = "audit"
+    id: int | None = Field(default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True))
+    at: datetime = Field(sa_column=_now())
+    who: str = Field(sa_column=Column(Text, nullable=False))
+    action: str = Field(sa_column=Column(Text, nullable=False))
+    subject: str = Field(sa_column=Column(Text, nullable=False))
+    before: dict | None = Field(default=None, sa_column=Column(JSONB))
+    after: dict | None = Field(default=None, sa_column=Column(JSONB))

@@ -1,0 +1,302 @@
+"""Every message between a router and a worker, and the job they are about.
+
+A worker opens `WS /worker`, sends one `Registration`, and is answered with `Registered` or `Refused`.
+From then on
+
+    router -> worker   assign, cancel, drain
+    worker -> router   chunk, chunks, finished, failed, ready
+
+Every frame about work names `(job_id, attempt)`. A frame of an attempt that is no longer current is
+dropped by whoever receives it. Frames are JSON objects with a `type`; unknown keys are ignored, so
+that either side may be newer than the other.
+
+Only pydantic and the standard library are imported here: the router needs this module, and must not
+pull in an engine with it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+PROTOCOL = "satherd/1"
+
+
+class Kind(StrEnum):
+    """What a job produces."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+
+
+class ModelKind(StrEnum):
+    """What a served model is able to do; chat and completion both need `text`."""
+
+    TEXT = "text"
+    EMBEDDING = "embedding"
+
+
+MODEL_KIND: dict[Kind, ModelKind] = {
+    Kind.CHAT: ModelKind.TEXT,
+    Kind.COMPLETION: ModelKind.TEXT,
+    Kind.EMBEDDING: ModelKind.EMBEDDING,
+}
+
+
+class Sampling(BaseModel):
+    """How tokens are drawn. None everywhere means the engine's default."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    temperature: float | None = Field(default=None, ge=0, le=5)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repeat_penalty: float | None = Field(default=None, ge=0, le=10)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logit_bias: dict[str, float] | None = None
+
+
+class ChatSpec(BaseModel):
+    """One chat answer. `messages` are OpenAI's, already checked by the front door."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Literal[Kind.CHAT] = Kind.CHAT
+    model: str
+    messages: list[dict[str, Any]]
+    max_tokens: int
+    stop: list[str] = []
+    sampling: Sampling = Sampling()
+    stream: bool = False
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionSpec(BaseModel):
+    """One continuation of `prompt`, which is text or token ids of the model."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Literal[Kind.COMPLETION] = Kind.COMPLETION
+    model: str
+    prompt: str | list[int]
+    suffix: str | None = None
+    max_tokens: int
+    stop: list[str] = []
+    sampling: Sampling = Sampling()
+    stream: bool = False
+    echo: bool = False
+
+
+class EmbeddingSpec(BaseModel):
+    """One vector for each entry of `input`; an entry is text or token ids."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Literal[Kind.EMBEDDING] = Kind.EMBEDDING
+    model: str
+    input: list[str | list[int]]
+    max_tokens: int = 0
+    stream: bool = False
+
+
+JobSpec = Annotated[ChatSpec | CompletionSpec | EmbeddingSpec, Field(discriminator="kind")]
+JOB_SPEC: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+class Gpu(BaseModel):
+    """One accelerator; `memory` in MB."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    uuid: str | None = None
+    memory: float | None = None
+    clock: int | None = None
+    clock_unit: str | None = None
+
+
+class ServedModel(BaseModel):
+    """A model that a worker serves. Lengths are in tokens; `max_tokens` caps one answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = Field(min_length=1, max_length=200)
+    kind: ModelKind = ModelKind.TEXT
+    context_length: int = Field(default=2048, ge=1, le=100_000_000)
+    max_tokens: int = Field(default=0, ge=0, le=100_000_000)
+
+
+class Registration(BaseModel):
+    """The first frame of a worker. The hardware fields are QueenBee's (QB-W2), all optional."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    protocol: Literal["satherd/1"] = PROTOCOL
+    worker_key: str = Field(min_length=32, max_length=128, repr=False)
+    name: str | None = Field(default=None, max_length=100)
+    ln_url: str | None = Field(default=None, max_length=2000)
+    models: list[ServedModel] = Field(min_length=1, max_length=200)
+    slots: int = Field(default=1, ge=1, le=1024)
+    min_fees: dict[str, dict[str, int]] | None = None
+    worker_version: str | None = Field(default=None, max_length=50)
+    cpu_count: int | None = None
+    disk_space: int | None = None
+    vram: int | None = None
+    nv_gpu_count: int | None = None
+    nv_driver_version: str | None = None
+    nv_gpus: list[Gpu] = []
+    cl_driver_version: str | None = None
+    cl_gpus: list[Gpu] = []
+
+
+class Registered(BaseModel):
+    type: Literal["registered"] = "registered"
+    worker_id: str
+    ln_url: str | None
+    payable: bool
+    commission_ppm: int
+
+
+class Refused(BaseModel):
+    """The registration is not accepted; the socket closes after it.
+
+    `retryable` False tells the worker that trying again with the same settings is pointless.
+    """
+
+    type: Literal["refused"] = "refused"
+    code: str
+    message: str
+    retryable: bool = False
+
+
+# --- router -> worker ---------------------------------------------------------------------------
+
+
+class Assign(BaseModel):
+    type: Literal["assign"] = "assign"
+    job_id: str
+    attempt: int
+    lease_s: int
+    job: JobSpec
+
+
+class Cancel(BaseModel):
+    """Stop this attempt; the worker answers `finished` with reason `cancelled` and its counts."""
+
+    type: Literal["cancel"] = "cancel"
+    job_id: str
+    attempt: int
+
+
+class Drain(BaseModel):
+    """Take no more jobs; finish what is held."""
+
+    type: Literal["drain"] = "drain"
+
+
+RouterFrame = Annotated[Registered | Refused | Assign | Cancel | Drain, Field(discriminator="type")]
+ROUTER_FRAME: TypeAdapter[RouterFrame] = TypeAdapter(RouterFrame)
+
+
+# --- worker -> router ---------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    """Token counts by the model's own tokenizer."""
+
+    prompt_tokens: int = Field(default=0, ge=0)
+    completion_tokens: int = Field(default=0, ge=0)
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    CANCELLED = "cancelled"
+
+
+class FailureCode(StrEnum):
+    """Why an attempt failed, and so who is to blame.
+
+    PROMPT_TOO_LONG and BAD_REQUEST lie in the job; RETURNED is a worker that shuts down; the rest
+    lies in the worker.
+    """
+
+    PROMPT_TOO_LONG = "prompt_too_long"
+    BAD_REQUEST = "bad_request"
+    RETURNED = "returned"
+    ENGINE_ERROR = "engine_error"
+    MODEL_NOT_SERVED = "model_not_served"
+    OVERLOADED = "overloaded"
+
+
+class Chunk(BaseModel):
+    """New output of one attempt. `seq` counts the chunks of the attempt from 0.
+
+    `text` is what to append to the answer. `delta` is an OpenAI delta for what is not text (tool
+    calls). `tokens` is how many tokens the model produced for it; None when the engine cannot say.
+    """
+
+    type: Literal["chunk"] = "chunk"
+    job_id: str
+    attempt: int
+    seq: int
+    text: str = ""
+    delta: dict[str, Any] | None = None
+    tokens: int | None = None
+
+
+class Chunks(BaseModel):
+    """Several chunks in one frame, as a batched engine produces them: one step, one frame.
+
+    Items are `[job_id, attempt, seq, text, tokens]`: arrays, since names would be most of the bytes.
+    """
+
+    type: Literal["chunks"] = "chunks"
+    items: list[tuple[str, int, int, str, int | None]]
+
+
+class Finished(BaseModel):
+    """The attempt has ended. `usage` None: the engine gave no counts. `data`: embeddings."""
+
+    type: Literal["finished"] = "finished"
+    job_id: str
+    attempt: int
+    finish_reason: FinishReason
+    usage: Usage | None = None
+    data: list[list[float]] | None = None
+
+
+class Failed(BaseModel):
+    """The attempt has failed. `message` is for the operator's eyes and the attempt's record."""
+
+    type: Literal["failed"] = "failed"
+    job_id: str
+    attempt: int
+    code: FailureCode
+    message: str = Field(default="", max_length=2000)
+    retryable: bool = True
+
+
+class Ready(BaseModel):
+    """How many further jobs the worker can take now."""
+
+    type: Literal["ready"] = "ready"
+    slots_free: int
+
+
+WorkerFrame = Annotated[
+    Chunk | Chunks | Finished | Failed | Ready, Field(discriminator="type")
+]
+WORKER_FRAME: TypeAdapter[WorkerFrame] = TypeAdapter(WorkerFrame)
