@@ -10,7 +10,8 @@ from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
-import router.tables  # noqa: F401  (both modules fill SQLModel.metadata)
+import billing.tables  # noqa: F401
+import router.tables  # noqa: F401
 from router.database import sqlalchemy_url
 
 target_metadata = SQLModel.metadata
