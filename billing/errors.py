@@ -36,7 +36,9 @@ class UnknownAccount(BillingError):
 
 
 class BadCredential(BillingError):
-    """`reason` is a fixed word: malformed, forged, wrong_preimage, unknown, revoked, expired, unpaid."""
+    """`reason` is a fixed word: malformed, forged, wrong_preimage, unknown, revoked, expired, unpaid,
+    wrong_service, insufficient. `billing.l402` says which of them paying again would cure.
+    """
 
     code = "bad_credential"
 
