@@ -17,7 +17,6 @@ import base64
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 
 from coincurve import PrivateKey, PublicKey
 from coincurve.ecdsa import cdata_to_der, deserialize_compact
@@ -43,9 +42,7 @@ _CHARSET = b"qpzry9x8gf2tvdw0s3jn54khce6mua7l"
 _BASE32_DIGITS = b"0123456789abcdefghijklmnopqrstuv"  # what int(…, 32) reads
 _RFC4648 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"  # what base64.b32encode writes
 _GROUPS = bytes(range(32))
-_CHAR_TO_GROUP = bytes(
-    _CHARSET.index(char) if char in _CHARSET else 255 for char in range(256)
-)
+_CHAR_TO_GROUP = bytes(_CHARSET.index(char) if char in _CHARSET else 255 for char in range(256))
 _GROUP_TO_CHAR = bytes.maketrans(_GROUPS, _CHARSET)
 _GROUP_TO_DIGIT = bytes.maketrans(_GROUPS, _BASE32_DIGITS)
 _RFC4648_TO_GROUP = bytes.maketrans(_RFC4648, _GROUPS)
@@ -111,7 +108,7 @@ def decode(text: str) -> DecodedInvoice:
     expiry_s = _to_int(fields[_FIELD_X]) if _FIELD_X in fields else DEFAULT_EXPIRY_S
     min_final_cltv = _to_int(fields[_FIELD_C]) if _FIELD_C in fields else DEFAULT_MIN_FINAL_CLTV
     if expiry_s > _MAX_EXPIRY_S or min_final_cltv > _MAX_EXPIRY_S:
-        raise BadInvoice("the invoice's expiry is absurd")
+        raise BadInvoice("the invoice's expiry or final CLTV is absurd")
     payee_pubkey = _payee_pubkey(
         human_readable.encode("ascii") + _to_padded_bytes(signed), signature, fields.get(_FIELD_N)
     )
@@ -350,8 +347,3 @@ def _polymod(groups: bytes) -> int:
     for group in groups:
         checksum = (checksum & 0x1FFFFFF) << 5 ^ group ^ table[checksum >> 25]
     return checksum
-
-
-def payment_hash_of(preimage: bytes) -> str:
-    """The payment hash, hex, that a preimage answers."""
-    return sha256(preimage).hexdigest()

@@ -138,7 +138,8 @@ class BackendError(BillingError):
     code = "lightning_error"
 
     def __init__(self, backend: str, operation: str, safe_message: str, detail: str = "") -> None:
-        super().__init__(f"{backend}.{operation}: {safe_message}" + (f" ({detail})" if detail else ""))
+        tail = f" ({detail})" if detail else ""
+        super().__init__(f"{backend}.{operation}: {safe_message}{tail}")
         self.backend = backend
         self.operation = operation
         self.safe_message = safe_message
