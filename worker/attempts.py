@@ -1,0 +1,109 @@
+"""One attempt at one job, as the worker holds it: where its engine writes, and how it is stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from worker.engines import Done
+from worker.errors import JobError
+from worker.outbox import Outbox
+from worker.protocol import Assign, Chunk, Failed, FailureCode, Finished
+
+MESSAGE_LENGTH = 2000
+
+
+class Attempt:
+    """A Sink that sends to the router until the attempt has ended, and nothing after."""
+
+    def __init__(self, assign: Assign, outbox: Outbox) -> None:
+        self.job_id = assign.job_id
+        self.attempt = assign.attempt
+        self.tokens = 0
+        self.started_at = time.monotonic()
+        self._outbox = outbox
+        self._seq = 0
+        self._ended = False
+        self._cancelled = False
+        self._on_cancel: list[Callable[[], object]] = []
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.job_id, self.attempt
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def write(
+        self, text: str, *, tokens: int | None = None, delta: dict[str, Any] | None = None
+    ) -> None:
+        if self._ended:
+            return
+        self.tokens += tokens or 0
+        if delta is None:
+            self._seq += self._outbox.add_text(self.job_id, self.attempt, self._seq, text, tokens)
+            return
+        self._outbox.add_frame(
+            Chunk(
+                job_id=self.job_id,
+                attempt=self.attempt,
+                seq=self._seq,
+                text=text,
+                delta=delta,
+                tokens=tokens,
+            )
+        )
+        self._seq += 1
+
+    def on_cancel(self, call: Callable[[], object]) -> None:
+        if self._cancelled:
+            call()
+        else:
+            self._on_cancel.append(call)
+
+    def cancel(self) -> None:
+        """Ask the engine to stop. Twice is harmless."""
+        if not self._cancelled:
+            self._cancelled = True
+            for call in self._on_cancel:
+                call()
+
+    def finish(self, done: Done) -> None:
+        """Tell the router how it ended. Nothing is said about an attempt that has ended before."""
+        if not self._ended:
+            self._ended = True
+            self._outbox.add_frame(
+                Finished(
+                    job_id=self.job_id,
+                    attempt=self.attempt,
+                    finish_reason=done.finish_reason,
+                    usage=done.usage,
+                    data=done.data,
+                )
+            )
+
+    def fail(self, error: JobError) -> None:
+        """Tell the router that it failed. Nothing is said about one that has ended before."""
+        if not self._ended:
+            self._ended = True
+            self._outbox.add_frame(
+                Failed(
+                    job_id=self.job_id,
+                    attempt=self.attempt,
+                    code=error.code,
+                    message=error.message[:MESSAGE_LENGTH],
+                    retryable=error.retryable,
+                )
+            )
+
+    def give_back(self) -> None:
+        """Return the job to the router, and stop working on it."""
+        self.fail(JobError(FailureCode.RETURNED, "the worker shuts down"))
+        self.cancel()
+
+    def abandon(self) -> None:
+        """Stop without a word: the line on which it came is gone."""
+        self._ended = True
+        self.cancel()
