@@ -75,6 +75,8 @@ def write_caveats(
     A token that pays for more than one request of its account must not carry `quote_id`,
     `model` or `request_sha256`: clients keep one credential per domain and send it on every path.
     """
+    if any("," in capability for capability in capabilities or ()):
+        raise ValueError("a capability is one word")
     values = {
         "services": f"{SERVICE}:0",
         "llm_capabilities": None if capabilities is None else ",".join(capabilities),
