@@ -32,9 +32,12 @@ class Rates:
         return asdict(self)
 
 
-def base_fee_msat(rates: Rates, *, prompt_tokens: int, max_tokens: int) -> int:
-    """What one job is asked, in msat, rounded up once."""
-    return ceil_div(_micro_msat(rates, prompt_tokens, max_tokens, with_prompt_fee=True), MTOK)
+def base_fee_msat(
+    rates: Rates, *, prompt_tokens: int, max_tokens: int, images: int = 0
+) -> int:
+    """What one job is asked, in msat, rounded up once. `images` are those to be made."""
+    use = _micro_msat(rates, prompt_tokens, max_tokens, with_prompt_fee=True)
+    return ceil_div(use, MTOK) + rates.image_fee_msat * images
 
 
 def offer_for_multiplier_msat(base_msat: int, multiplier: Decimal) -> int:
@@ -57,17 +60,17 @@ def charge_msat(
     *,
     prompt_tokens: int,
     output_tokens: int,
-    offer_msat: int,
-    base_msat: int,
+    multiplier_milli: int,
+    held_msat: int,
     with_prompt_fee: bool = True,
 ) -> int:
-    """What a job that ran is charged: its use at the rates, times offer / base, rounded up once.
+    """What a job that ran is charged: its use at the rates, times the multiplier, rounded up once.
 
-    Never more than `offer_msat`, which is what is held for it. `with_prompt_fee` False is for a job
-    whose worker was lost after some output had been shown.
+    Never more than `held_msat`, its escrow. `with_prompt_fee` False is for a job whose worker was
+    lost after some output had been shown.
     """
     use = _micro_msat(rates, prompt_tokens, output_tokens, with_prompt_fee=with_prompt_fee)
-    return min(offer_msat, ceil_div(use * offer_msat, MTOK * max(base_msat, 1)))
+    return min(held_msat, ceil_div(use * multiplier_milli, MTOK * ONE_MILLI))
 
 
 def charged_output_tokens(*, max_tokens: int, worker_tokens: int | None, utf8_bytes: int) -> int:

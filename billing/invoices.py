@@ -1,0 +1,357 @@
+"""Invoices of ours: issue, watch, credit what was paid.
+
+        issue
+          │
+        open ──────── settled in time, in full ──────▶ paid
+          │ └──────── settled after expires_at ──────▶ late        credited, nothing is started
+          │ └──────── settled for less than asked ───▶ underpaid   credited, nothing is started
+          ▼
+        expired ───── settled after all ─────────────▶ late
+
+Whatever comes in is credited in full to the invoice's account, whole and once: the transfer's id is
+made from the payment hash, so stream, poll and restart may all report the same settlement. A receipt
+for a hash that is none of ours goes to `liabilities:unassigned`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from billing import bolt11_codec, ledger
+from billing.accounts import hash_secret
+from billing.errors import BadInvoice
+from billing.ledger import Transfer
+from billing.lightning import BackendError, InvoiceState, LightningBackend
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], datetime]
+Transaction = Callable[[], AbstractAsyncContextManager[Any]]
+
+LATE_CHECKS = (timedelta(minutes=10), timedelta(hours=1), timedelta(hours=24), timedelta(days=7))
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class State(StrEnum):
+    OPEN = "open"
+    PAID = "paid"
+    LATE = "late"
+    UNDERPAID = "underpaid"
+    EXPIRED = "expired"
+
+
+class Purpose(StrEnum):
+    """What paying in time does besides crediting; `reference` names the quote, account or job."""
+
+    QUOTE = "quote"
+    TOPUP = "topup"
+    BUMP = "bump"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedInvoice:
+    """A stored invoice. `token_id` goes into its L402 token; `claim_token` is shown once."""
+
+    payment_hash: str
+    bolt11: str
+    amount_msat: int
+    account_id: str
+    purpose: Purpose
+    reference: str
+    token_id: bytes
+    claim_token: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """A settlement that was recorded now, for the first time."""
+
+    payment_hash: str
+    account_id: str
+    purpose: Purpose
+    reference: str
+    received_msat: int
+    state: State
+
+
+async def request_invoice(
+    backend: LightningBackend, *, amount_msat: int, description: str, expiry_s: int, network: str
+) -> tuple[str, str, datetime]:
+    """Ask the node for an invoice; returns (payment hash, bolt11, expires_at).
+
+    The node's answer is decoded and checked before anybody sees it: some nodes round the amount, or
+    make one without any. Raises BadInvoice or a BackendError.
+    """
+    made = await backend.create_invoice(
+        amount_msat=amount_msat,
+        description=description,
+        expiry_s=expiry_s,
+        idempotency_key=secrets.token_hex(16),
+    )
+    decoded = bolt11_codec.decode(made.bolt11)
+    if decoded.amount_msat != amount_msat or decoded.payment_hash != made.payment_hash:
+        raise BadInvoice("the node made another invoice than it was asked for")
+    if decoded.network != network:
+        raise BadInvoice(f"the node made an invoice for {decoded.network}, not {network}")
+    return made.payment_hash, made.bolt11, decoded.expires_at
+
+
+async def store_invoice(
+    connection: Any,
+    *,
+    payment_hash: str,
+    bolt11: str,
+    amount_msat: int,
+    account_id: str,
+    purpose: Purpose,
+    reference: str,
+    expires_at: datetime,
+    first_check_at: datetime,
+) -> IssuedInvoice:
+    """Keep a fresh invoice; the caller commits before it shows it to anybody."""
+    issued = IssuedInvoice(
+        payment_hash=payment_hash,
+        bolt11=bolt11,
+        amount_msat=amount_msat,
+        account_id=account_id,
+        purpose=purpose,
+        reference=reference,
+        token_id=secrets.token_bytes(32),
+        claim_token=secrets.token_urlsafe(24),
+        expires_at=expires_at,
+    )
+    await connection.execute(
+        "insert into invoices (payment_hash, account_id, purpose, reference, amount_msat, bolt11,"
+        " state, token_id, claim_hash, expires_at, next_check_at)"
+        " values ($1, $2, $3, $4, $5, $6, 'open', $7, $8, $9, $10)",
+        payment_hash,
+        account_id,
+        purpose.value,
+        reference,
+        amount_msat,
+        bolt11,
+        issued.token_id,
+        hash_secret(issued.claim_token),
+        expires_at,
+        first_check_at,
+    )
+    return issued
+
+
+async def record_settlement(
+    connection: Any, *, payment_hash: str, received_msat: int, settled_at: datetime
+) -> Credit | None:
+    """Credit a receipt, once. None when it was known already, or is none of ours.
+
+    Runs in the caller's transaction, with the invoice's row locked.
+    """
+    row = await connection.fetchrow(
+        "select * from invoices where payment_hash = $1 for update", payment_hash
+    )
+    if row is None:
+        log.warning("receipt without an invoice of ours payment_hash=%s", payment_hash)
+        await ledger.post(
+            connection,
+            [Transfer(ledger.LIGHTNING, ledger.UNASSIGNED, received_msat, "received", payment_hash)],
+        )
+        return None
+    if row["state"] not in (State.OPEN, State.EXPIRED):
+        return None
+    if received_msat < row["amount_msat"]:
+        state = State.UNDERPAID
+    elif settled_at > row["expires_at"] or row["state"] == State.EXPIRED:
+        state = State.LATE
+    else:
+        state = State.PAID
+    await connection.execute(
+        "update invoices set state = $2, settled_at = $3, received_msat = $4, next_check_at = null"
+        " where payment_hash = $1",
+        payment_hash,
+        state.value,
+        settled_at,
+        received_msat,
+    )
+    owner = ledger.client(row["account_id"])
+    await ledger.post(
+        connection, [Transfer(ledger.LIGHTNING, owner, received_msat, "received", payment_hash)]
+    )
+    return Credit(
+        payment_hash,
+        row["account_id"],
+        Purpose(row["purpose"]),
+        row["reference"],
+        received_msat,
+        state,
+    )
+
+
+def next_check(
+    now: datetime, created_at: datetime, expires_at: datetime, *, pushed: bool
+) -> datetime | None:
+    """When to ask the node about an unpaid invoice again; None: never.
+
+    `pushed` says that the node reports settlements by itself, so that asking is a safety net.
+    """
+    if now < expires_at + LATE_CHECKS[0]:
+        age = now - created_at
+        if pushed:
+            return now + timedelta(seconds=30)
+        return now + timedelta(seconds=1 if age < timedelta(minutes=2) else 5)
+    return next((expires_at + late for late in LATE_CHECKS if expires_at + late > now), None)
+
+
+OnCredit = Callable[[Any, Credit], Awaitable[Callable[[], None] | None]]
+
+
+class InvoiceWatcher:
+    """Follows the node's settlements, by stream and by poll, and credits them.
+
+    `on_credit(connection, credit)` runs in the transaction of the credit, so that what a payment
+    starts is started with it or not at all; what it returns is called after the commit.
+    """
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        backend: LightningBackend,
+        on_credit: OnCredit,
+        *,
+        clock: Clock = utc_now,
+    ) -> None:
+        self._transaction = transaction
+        self._backend = backend
+        self._on_credit = on_credit
+        self._clock = clock
+        self._tasks: list[asyncio.Task] = []
+        self.stream_alive = False
+
+    @property
+    def pushed(self) -> bool:
+        return self._backend.capabilities.push != "none"
+
+    def first_check_at(self) -> datetime:
+        return self._clock() + timedelta(seconds=10 if self.pushed else 1)
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._poll_for_ever(), name="invoice-poll")]
+        if self.pushed:
+            self._tasks.append(asyncio.create_task(self._stream_for_ever(), name="invoice-stream"))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def check(self, payment_hash: str) -> None:
+        """Ask the node about one invoice now, and credit it if it is settled."""
+        status = await self._backend.lookup_invoice(payment_hash)
+        if status.state is InvoiceState.SETTLED:
+            await self._settle(
+                payment_hash,
+                status.amount_received_msat,
+                status.settled_at or self._clock(),
+                cursor=None,
+            )
+
+    async def poll_due(self, limit: int = 100) -> int:
+        """Ask about the invoices whose time has come; returns how many were asked about."""
+        async with self._transaction() as connection:
+            due = await connection.fetch(
+                "select payment_hash, created_at, expires_at from invoices"
+                " where next_check_at <= $1 order by next_check_at limit $2",
+                self._clock(),
+                limit,
+            )
+        for row in due:
+            try:
+                await self.check(row["payment_hash"])
+            except BackendError as error:
+                log.warning("invoice not checked payment_hash=%s: %s", row["payment_hash"], error)
+            now = self._clock()
+            async with self._transaction() as connection:
+                await connection.execute(
+                    "update invoices set next_check_at = $2,"
+                    " state = case when $3 < $4::timestamptz then 'expired' else state end"
+                    " where payment_hash = $1 and state in ('open', 'expired')",
+                    row["payment_hash"],
+                    next_check(now, row["created_at"], row["expires_at"], pushed=self.pushed),
+                    row["expires_at"] + timedelta(minutes=1),
+                    now,
+                )
+        return len(due)
+
+    async def _settle(
+        self, payment_hash: str, received_msat: int, settled_at: datetime, cursor: str | None
+    ) -> None:
+        after = None
+        async with self._transaction() as connection:
+            credit = await record_settlement(
+                connection,
+                payment_hash=payment_hash,
+                received_msat=received_msat,
+                settled_at=settled_at,
+            )
+            if credit is not None:
+                after = await self._on_credit(connection, credit)
+            if cursor is not None:
+                await connection.execute(
+                    "insert into node_cursors (backend, cursor) values ($1, $2)"
+                    " on conflict (backend) do update set cursor = excluded.cursor",
+                    self._backend.name,
+                    cursor,
+                )
+        if credit is not None:
+            log.info(
+                "invoice settled payment_hash=%s state=%s received_msat=%d purpose=%s",
+                payment_hash,
+                credit.state.value,
+                received_msat,
+                credit.purpose.value,
+            )
+        if after is not None:
+            after()
+
+    async def _stream_for_ever(self) -> None:
+        pause_s = 0.1
+        while True:
+            try:
+                async with self._transaction() as connection:
+                    cursor = await connection.fetchval(
+                        "select cursor from node_cursors where backend = $1", self._backend.name
+                    )
+                self.stream_alive = True
+                async for settlement in self._backend.settlements(cursor):
+                    pause_s = 0.1
+                    await self._settle(
+                        settlement.payment_hash,
+                        settlement.amount_received_msat,
+                        settlement.settled_at,
+                        settlement.cursor,
+                    )
+            except Exception as error:
+                # Whatever it was, money may still be coming in: go on from the stored cursor.
+                log.warning("settlement stream broke, resuming: %r", error)
+            self.stream_alive = False
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 10)
+
+    async def _poll_for_ever(self) -> None:
+        while True:
+            busy = 0
+            try:
+                busy = await self.poll_due()
+            except Exception as error:
+                log.warning("invoice poll failed, going on: %r", error)
+            await asyncio.sleep(0.05 if busy else 1)

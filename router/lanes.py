@@ -1,0 +1,63 @@
+"""Which lane a job waits in, and which lanes a worker drains. Pure.
+
+A lane is what a model must be able to do, its id, a context class and an answer class. A job's needs
+are rounded up to the next edge, a worker's limits down, so that every job in a lane fits every worker
+that drains it and a claim never has to skip rows: its cost does not grow with the queue. Every limit
+of a registered worker is itself an edge, so that rounding strands no job that fits.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from worker.protocol import ModelKind, ServedModel
+
+# A few coarse classes: each one is a probe of every claim.
+BASE_EDGES = (0, 512, 2048, 8192, 32768, 131072, 1 << 20, 1 << 40)
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """The upper bounds of the classes, ascending, for context and for answer lengths in tokens."""
+
+    context: tuple[int, ...] = BASE_EDGES
+    answer: tuple[int, ...] = BASE_EDGES
+
+    def with_limits(self, models: Iterable[ServedModel]) -> Edges:
+        """These edges and the limits of `models`."""
+        served = list(models)
+        return Edges(
+            tuple(sorted({*self.context, *(m.context_length for m in served)})),
+            tuple(sorted({*self.answer, *(answer_limit(m) for m in served)})),
+        )
+
+
+def answer_limit(model: ServedModel) -> int:
+    """The longest answer in tokens: what the worker says, or else its whole context."""
+    return model.max_tokens or model.context_length
+
+
+def lane(
+    edges: Edges, *, kind: ModelKind, model: str, prompt_tokens: int, max_tokens: int
+) -> str:
+    """Where a job waits that reads `prompt_tokens` and may produce `max_tokens`."""
+    context = edges.context[bisect_left(edges.context, prompt_tokens + max_tokens)]
+    answer = edges.answer[bisect_left(edges.answer, max_tokens)]
+    return _name(kind, model, context, answer)
+
+
+def drained_by(edges: Edges, models: Iterable[ServedModel]) -> list[str]:
+    """All lanes of which every job fits a worker that serves `models`."""
+    return [
+        _name(served.kind, served.id, context, answer)
+        for served in models
+        for context in edges.context[: bisect_right(edges.context, served.context_length)]
+        for answer in edges.answer[: bisect_right(edges.answer, answer_limit(served))]
+        if answer <= context
+    ]
+
+
+def _name(kind: ModelKind, model: str, context: int, answer: int) -> str:
+    return f"{kind}/{context}/{answer}/{model}"
