@@ -1,0 +1,240 @@
+"""Invoices of the simulated network, as rows and as signed BOLT 11.
+
+    open -> settled     the HTLC came and was taken, with the wallet's next settlement index
+    open -> held        it came and is being held; then settled, or open again
+    open -> canceled    by its owner; nothing can settle it any more
+
+A preimage leaves this module by one door: `settle`, which hands it to whoever paid.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from hashlib import sha256
+
+from billing import bolt11_codec
+from billing.lightning.simulated import wallets
+from billing.lightning.simulated.store import Transaction
+from billing.lightning.simulated.wallets import Refused
+
+PREFIX = "bcrt"
+EXPIRY_MAX_S = 31_536_000
+
+INVOICE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS invoice (
+    payment_hash TEXT PRIMARY KEY,
+    wallet TEXT NOT NULL REFERENCES wallet (name),
+    preimage BLOB NOT NULL,
+    bolt11 TEXT NOT NULL,
+    amount_msat INTEGER NOT NULL CHECK (amount_msat > 0),
+    description TEXT NOT NULL,
+    expiry_s INTEGER NOT NULL,
+    created_at_s INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('open', 'held', 'settled', 'canceled')),
+    idempotency_key TEXT,
+    settle_index INTEGER,
+    amount_received_msat INTEGER NOT NULL DEFAULT 0,
+    settled_at_s REAL,
+    UNIQUE (wallet, idempotency_key),
+    UNIQUE (wallet, settle_index)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A note for those who listen: this wallet has a settlement more."""
+
+    wallet: str
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceRecord:
+    """What a wallet may see of its invoice: everything but the preimage."""
+
+    payment_hash: str
+    bolt11: str
+    amount_msat: int
+    description: str
+    created_at_s: int
+    expires_at_s: int
+    state: str  # open, held, settled, canceled or expired
+    amount_received_msat: int
+    settled_at_s: float | None
+    settle_index: int | None
+
+
+def create(
+    transaction: Transaction,
+    wallet: str,
+    *,
+    amount_msat: int,
+    description: str,
+    expiry_s: int,
+    idempotency_key: str | None,
+    now_s: float,
+    hash_description: bool = False,
+) -> InvoiceRecord:
+    """A new invoice, or the one that this key has made before.
+
+    `hash_description` puts the SHA-256 of the description into the invoice, as LNURL-pay has it.
+    Raises Refused when the key was used for other terms, and BadInvoice on impossible ones.
+    """
+    owner = wallets.find(transaction, wallet)
+    if not 0 < expiry_s <= EXPIRY_MAX_S:
+        raise Refused("malformed", f"an invoice lasts between 1 s and {EXPIRY_MAX_S} s")
+    if idempotency_key is not None:
+        row = transaction.row(
+            "SELECT * FROM invoice WHERE wallet = ? AND idempotency_key = ?",
+            wallet,
+            idempotency_key,
+        )
+        if row is not None:
+            terms = (row["amount_msat"], row["description"], row["expiry_s"])
+            if terms != (amount_msat, description, expiry_s):
+                raise Refused("conflict", "this key has made an invoice with other terms")
+            return _record(row, now_s)
+    preimage = secrets.token_bytes(32)
+    payment_hash = sha256(preimage).digest()
+    bolt11 = bolt11_codec.sign(
+        wallets.key_of(owner.secret),
+        prefix=PREFIX,
+        amount_msat=amount_msat,
+        payment_hash=payment_hash,
+        payment_secret=secrets.token_bytes(32),
+        created_at_s=int(now_s),
+        expiry_s=expiry_s,
+        description=None if hash_description else description,
+        description_hash=sha256(description.encode()).digest() if hash_description else None,
+    )
+    transaction.run(
+        "INSERT INTO invoice (payment_hash, wallet, preimage, bolt11, amount_msat, description,"
+        " expiry_s, created_at_s, state, idempotency_key)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?)",
+        payment_hash.hex(),
+        wallet,
+        preimage,
+        bolt11,
+        amount_msat,
+        description,
+        expiry_s,
+        int(now_s),
+        idempotency_key,
+    )
+    created = lookup(transaction, wallet, payment_hash.hex(), now_s=now_s)
+    assert created is not None
+    return created
+
+
+def lookup(
+    transaction: Transaction, wallet: str, payment_hash: str, *, now_s: float
+) -> InvoiceRecord | None:
+    """None when this wallet has no such invoice."""
+    row = transaction.row(
+        "SELECT * FROM invoice WHERE payment_hash = ? AND wallet = ?", payment_hash, wallet
+    )
+    return None if row is None else _record(row, now_s)
+
+
+def cancel(transaction: Transaction, wallet: str, payment_hash: str) -> bool:
+    """True when the invoice can never settle any more; False when it has, or when an HTLC is held
+    for it, or when the wallet does not know it."""
+    transaction.run(
+        "UPDATE invoice SET state = 'canceled'"
+        " WHERE payment_hash = ? AND wallet = ? AND state = 'open'",
+        payment_hash,
+        wallet,
+    )
+    row = transaction.row(
+        "SELECT state FROM invoice WHERE payment_hash = ? AND wallet = ?", payment_hash, wallet
+    )
+    return row is not None and row["state"] == "canceled"
+
+
+def refusal_of_htlc(
+    transaction: Transaction, wallet: str, payment_hash: str, amount_msat: int, *, now_s: float
+) -> str | None:
+    """Why the payee refuses an HTLC on its arrival; None when it takes it.
+
+    BOLT 4 gives one word for unknown, paid already, canceled, expired and the wrong amount, so
+    that a prober learns nothing. The payer cannot tell them apart either.
+    """
+    row = transaction.row(
+        "SELECT * FROM invoice WHERE payment_hash = ? AND wallet = ?", payment_hash, wallet
+    )
+    if (
+        row is None
+        or row["state"] != "open"
+        or now_s >= row["created_at_s"] + row["expiry_s"]
+        or not row["amount_msat"] <= amount_msat <= 2 * row["amount_msat"]
+    ):
+        return "incorrect_payment_details"
+    return None
+
+
+def hold(transaction: Transaction, payment_hash: str) -> None:
+    transaction.run("UPDATE invoice SET state = 'held' WHERE payment_hash = ?", payment_hash)
+
+
+def release(transaction: Transaction, payment_hash: str) -> None:
+    """The held HTLC is gone; the invoice waits for another."""
+    transaction.run(
+        "UPDATE invoice SET state = 'open' WHERE payment_hash = ? AND state = 'held'", payment_hash
+    )
+
+
+def settle(transaction: Transaction, payment_hash: str, amount_msat: int, *, now_s: float) -> str:
+    """Take the HTLC: the payee has the money and a settlement index more, the payer the preimage,
+    which is returned as hex."""
+    row = transaction.row("SELECT * FROM invoice WHERE payment_hash = ?", payment_hash)
+    assert row is not None and row["state"] in ("open", "held")
+    wallet = row["wallet"]
+    transaction.run(
+        "UPDATE wallet SET settled_count = settled_count + 1, balance_msat = balance_msat + ?"
+        " WHERE name = ?",
+        amount_msat,
+        wallet,
+    )
+    transaction.run(
+        "UPDATE invoice SET state = 'settled', amount_received_msat = ?, settled_at_s = ?,"
+        " settle_index = (SELECT settled_count FROM wallet WHERE name = ?)"
+        " WHERE payment_hash = ?",
+        amount_msat,
+        now_s,
+        wallet,
+        payment_hash,
+    )
+    transaction.notes.append(Settled(wallet))
+    return row["preimage"].hex()
+
+
+def settled_after(
+    transaction: Transaction, wallet: str, settle_index: int, *, now_s: float, limit: int = 100
+) -> list[InvoiceRecord]:
+    """Settlements in order, strictly after an index."""
+    rows = transaction.rows(
+        "SELECT * FROM invoice WHERE wallet = ? AND settle_index > ? ORDER BY settle_index LIMIT ?",
+        wallet,
+        settle_index,
+        limit,
+    )
+    return [_record(row, now_s) for row in rows]
+
+
+def _record(row: sqlite3.Row, now_s: float) -> InvoiceRecord:
+    expires_at_s = row["created_at_s"] + row["expiry_s"]
+    state = row["state"]
+    return InvoiceRecord(
+        payment_hash=row["payment_hash"],
+        bolt11=row["bolt11"],
+        amount_msat=row["amount_msat"],
+        description=row["description"],
+        created_at_s=row["created_at_s"],
+        expires_at_s=expires_at_s,
+        state="expired" if state == "open" and now_s >= expires_at_s else state,
+        amount_received_msat=row["amount_received_msat"],
+        settled_at_s=row["settled_at_s"],
+        settle_index=row["settle_index"],
+    )
