@@ -30,9 +30,7 @@ class Outbox:
         self._sent = asyncio.Event()
         self._sent.set()
 
-    def add_text(
-        self, job_id: str, attempt: int, seq: int, text: str, tokens: int | None
-    ) -> bool:
+    def add_text(self, job_id: str, attempt: int, seq: int, text: str, tokens: int | None) -> bool:
         """Queue text. False: it was joined to an earlier piece still here, and `seq` is unused."""
         item = self._open.get((job_id, attempt))
         if item is not None:

@@ -296,7 +296,5 @@ class Ready(BaseModel):
     slots_free: int
 
 
-WorkerFrame = Annotated[
-    Chunk | Chunks | Finished | Failed | Ready, Field(discriminator="type")
-]
+WorkerFrame = Annotated[Chunk | Chunks | Finished | Failed | Ready, Field(discriminator="type")]
 WORKER_FRAME: TypeAdapter[WorkerFrame] = TypeAdapter(WorkerFrame)

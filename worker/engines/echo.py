@@ -78,7 +78,9 @@ class EchoEngine:
         self._waiting: list[asyncio.Future[None]] = []
         self._clock: asyncio.Task[None] | None = None
         self._models = [
-            ServedModel(id=model, kind=kind, context_length=context, max_tokens=max_tokens or context)
+            ServedModel(
+                id=model, kind=kind, context_length=context, max_tokens=max_tokens or context
+            )
             for kind in (ModelKind.TEXT, ModelKind.EMBEDDING)
         ]
 
@@ -114,9 +116,7 @@ class EchoEngine:
         tokens = sum(len(text.split()) for text in texts)
         return Done(FinishReason.STOP, Usage(prompt_tokens=tokens), [vector_of(t) for t in texts])
 
-    async def _write(
-        self, job: ChatSpec | CompletionSpec, sink: Sink, fault: EchoFault
-    ) -> Done:
+    async def _write(self, job: ChatSpec | CompletionSpec, sink: Sink, fault: EchoFault) -> Done:
         words = prompt_words(job)
         if not words:
             raise JobError(FailureCode.BAD_REQUEST, "the prompt holds no word")

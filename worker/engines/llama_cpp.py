@@ -1,0 +1,239 @@
+"""The llama.cpp engine: GGUF files, decoded in this process.
+
+    event loop                               engine thread (owns every context)
+    generate() ── prompt, in a pool thread
+               ── inbox ───────────────────> add to the decoder
+                                             step, step, step: one llama_decode for all jobs
+               <── call_soon_threadsafe ──── one delivery per step, for all jobs
+    sink.write() for each, in one turn of the loop: one frame to the router
+
+The thread computes without holding the interpreter's lock, so the loop stays free. A cancelled sink
+is seen between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from worker import demo_model
+from worker.engines import Done, Progress, Sink
+from worker.engines.llama_computer import Computer, Delivery, Work
+from worker.engines.llama_decoder import Decoder
+from worker.engines.llama_embedder import Embedder
+from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_prompt import PromptMaker
+from worker.errors import EngineStartError, JobError
+from worker.protocol import EmbeddingSpec, FailureCode, JobSpec, ModelKind, ServedModel
+from worker.settings import WorkerSettings
+
+SLOTS = 4
+CONTEXT = 4096
+LONGEST_EMBEDDING = 2048
+
+
+def from_settings(settings: WorkerSettings) -> LlamaCppEngine:
+    """The engine for the file that SATHERD_MODEL names, or for the demo model."""
+    path = Path(settings.model).expanduser() if settings.model else demo_model.PATH
+    shipped = path.resolve() == demo_model.PATH.resolve()
+    return LlamaCppEngine(
+        path,
+        name=settings.model_name or (demo_model.NAME if shipped else path.stem),
+        slots=settings.slots or SLOTS,
+        context=settings.context,
+        max_tokens=settings.max_tokens,
+        threads=settings.threads,
+        gpu_layers=settings.gpu_layers,
+    )
+
+
+class LlamaCppEngine:
+    """Serves one GGUF file, as a text and as an embedding model of the same name.
+
+    `context` is in tokens, for each slot; None: what the model was trained for, at most 4096.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        slots: int = SLOTS,
+        context: int | None = None,
+        max_tokens: int | None = None,
+        threads: int = 1,
+        gpu_layers: int = -1,
+    ) -> None:
+        self._path = path
+        self._name = name
+        self._slots = slots
+        self._wanted_context = context
+        self._max_tokens = max_tokens
+        self._threads = threads
+        self._gpu_layers = gpu_layers
+        self._models: list[ServedModel] = []
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._stopping = False
+        self._computer: Computer | None = None
+        self._prompts: PromptMaker | None = None
+        self._longest_embedding = LONGEST_EMBEDDING
+        self._working: set[Work] = set()
+
+    @property
+    def models(self) -> Sequence[ServedModel]:
+        return self._models
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    async def start(self, progress: Progress) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, args=(progress,), name="llama.cpp")
+        self._thread.start()
+        try:
+            await self._started
+        except asyncio.CancelledError:
+            self._stopping = True
+            raise
+
+    async def generate(self, job: JobSpec, sink: Sink) -> Done:
+        assert self._prompts is not None and self._loop is not None, "not started"
+        ended: asyncio.Future[Done] = self._loop.create_future()
+        if isinstance(job, EmbeddingSpec):
+            texts = await asyncio.to_thread(self._texts, self._prompts, job)
+            work = Work(sink, ended, sum(map(len, texts)), texts=texts)
+        else:
+            prompt = await asyncio.to_thread(self._prompts.make, job)
+            work = Work(sink, ended, len(prompt.tokens), prompt)
+            if prompt.echo:
+                sink.write(prompt.echo, tokens=0)
+        if self._computer is None:
+            raise JobError(FailureCode.ENGINE_ERROR, "the engine has stopped")
+        self._working.add(work)
+        self._computer.put(work)
+        try:
+            return await ended
+        finally:
+            self._working.discard(work)
+
+    async def aclose(self) -> None:
+        self._stopping = True
+        if self._computer is not None:
+            self._computer.stop()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def _texts(self, prompts: PromptMaker, job: EmbeddingSpec) -> list[list[int]]:
+        if not job.input:
+            raise JobError(FailureCode.BAD_REQUEST, "there is nothing to embed")
+        return [prompts.tokens_of(entry, longest=self._longest_embedding) for entry in job.input]
+
+    # --- the engine thread -----------------------------------------------------------------------
+
+    def _run(self, progress: Progress) -> None:
+        try:
+            model = self._load(progress)
+        except EngineStartError as error:
+            self._call(self._is_started, error)
+            return
+        try:
+            computer = self._prepare(model)
+        except EngineStartError as error:
+            model.close()
+            self._call(self._is_started, error)
+            return
+        self._call(self._is_started, None)
+        try:
+            computer.run()
+        finally:
+            # Not only after `stop`: a bug that ends this thread must not leave jobs hanging.
+            self._call(self._fail_all)
+            computer.close()
+            model.close()
+
+    def _load(self, progress: Progress) -> LlamaModel:
+        shown = -1
+
+        def on_progress(fraction: float) -> bool:
+            nonlocal shown
+            percent = int(fraction * 100)
+            if percent > shown:
+                shown = percent
+                self._call(progress, fraction, f"loading {self._path.name}")
+            return not self._stopping
+
+        return LlamaModel(self._path, gpu_layers=self._gpu_layers, on_progress=on_progress)
+
+    def _prepare(self, model: LlamaModel) -> Computer:
+        context = self._wanted_context or min(model.train_context, CONTEXT)
+        decoder = None
+        if model.writes_text:
+            decoder = Decoder(model, slots=self._slots, context=context, threads=self._threads)
+        longest = self._longest_embedding = min(context, LONGEST_EMBEDDING)
+        self._prompts = PromptMaker(model, context=context)
+        self._models = self._served(writes_text=model.writes_text, context=context)
+        self._computer = Computer(
+            decoder,
+            lambda: Embedder(model, longest=longest, threads=self._threads),
+            lambda deliveries: self._call(self._deliver, deliveries),
+        )
+        return self._computer
+
+    def _served(self, *, writes_text: bool, context: int) -> list[ServedModel]:
+        text = ServedModel(
+            id=self._name,
+            kind=ModelKind.TEXT,
+            context_length=context,
+            max_tokens=min(self._max_tokens or context, context),
+        )
+        embedding = ServedModel(
+            id=self._name,
+            kind=ModelKind.EMBEDDING,
+            context_length=self._longest_embedding,
+            max_tokens=0,
+        )
+        return [text, embedding] if writes_text else [embedding]
+
+    def _call(self, function: Callable[..., object], *args: Any) -> None:
+        """Run something in the event loop, soon; nothing when the loop has been closed."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # --- back in the event loop ------------------------------------------------------------------
+
+    def _is_started(self, error: EngineStartError | None) -> None:
+        if self._started is None or self._started.done():
+            return
+        if error is None:
+            self._started.set_result(None)
+        else:
+            self._started.set_exception(error)
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            if delivery.text:
+                delivery.work.sink.write(delivery.text, tokens=delivery.tokens)
+            ended = delivery.work.ended
+            if delivery.end is None or ended.done():
+                continue
+            if isinstance(delivery.end, Done):
+                ended.set_result(delivery.end)
+            else:
+                ended.set_exception(delivery.end)
+
+    def _fail_all(self) -> None:
+        self._computer = None
+        for work in self._working:
+            if not work.ended.done():
+                work.ended.set_exception(
+                    JobError(FailureCode.ENGINE_ERROR, "the engine has stopped")
+                )
