@@ -269,7 +269,10 @@ def _description_field(description: str | None, description_hash: bytes | None) 
         return _field(_FIELD_H, _from_bytes(description_hash))
     if description is None or description_hash is not None:
         raise BadInvoice("an invoice has a description or the hash of one")
-    encoded = description.encode("utf-8", errors="replace")
+    try:
+        encoded = description.encode()
+    except UnicodeEncodeError:
+        raise BadInvoice("a description is text, not half a surrogate pair") from None
     if len(encoded) > DESCRIPTION_MAX_BYTES:
         raise BadInvoice(f"a description has at most {DESCRIPTION_MAX_BYTES} bytes")
     return _field(_FIELD_D, _from_bytes(encoded))

@@ -8,6 +8,8 @@
     network   ★ all of it as one object, in process
     lnurl_pay   the Lightning addresses of its wallets (LUD-06, LUD-16)
     server      the network over HTTP, for several processes
+    arguments   what strangers may ask of it, checked
+    serving     runs the server in an event loop
     transport   in process or HTTP, the one seam between the two
     backend   ★ SimulatedBackend: a wallet of it as a `LightningBackend`
 

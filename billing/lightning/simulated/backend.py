@@ -163,6 +163,22 @@ class SimulatedBackend:
         return _Answer(operation, answer)
 
 
+def from_settings(
+    *, url: str | None = None, wallet: str | None = None, network: str | None = None
+) -> SimulatedBackend:
+    """The back end for a network that another process serves at `url`.
+
+    Raises ValueError without a url, and when `network` names any other than regtest.
+    """
+    if network not in (None, NETWORK):
+        raise ValueError(
+            f"the simulated Lightning network is {NETWORK} only and cannot be used on {network}"
+        )
+    if not url or not url.startswith(("http://", "https://")):
+        raise ValueError("the simulated Lightning network needs its url, http://host:port")
+    return SimulatedBackend.over_http(url, wallet=wallet or ROUTER)
+
+
 class _Answer(dict[str, Any]):
     """What the network said. A missing key means that it was not the network that spoke."""
 

@@ -28,7 +28,8 @@ _READ_TIMEOUT_S = 10.0
 # The server sends an empty line every 15 s on a quiet stream.
 _STREAM_READ_TIMEOUT_S = 45.0
 # 64 paying calls may each wait for an HTLC, and the others must not wait behind them.
-_LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+# Idle connections go before the server would close them, so that no request meets a closing one.
+_LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0)
 
 
 class Transport(Protocol):
