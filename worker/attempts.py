@@ -1,4 +1,4 @@
-"""One attempt at one job, as the worker holds it: where its engine writes, and how it is stopped."""
+"""One attempt at one job, as the worker holds it: where the engine writes, how it is stopped."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     connected ── registration ──> registered ── drain, or shutdown ──> draining ──> closed
                      └── refused (closed)          a broken line: closed from anywhere
 
-While registered, every `assign` becomes an `Attempt` that the engine works on. When the line breaks,
-attempts are dropped: the router has given their jobs to somebody else. When the worker shuts down,
-it finishes what it can within the grace time and returns the rest.
+While registered, every `assign` becomes an `Attempt` that the engine works on. When the line
+breaks, attempts are dropped: the router has given their jobs to somebody else. When the worker
+shuts down, it finishes what it can within the grace time and returns the rest.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Decoder:
         stops: Sequence[str],
         sink: Sink,
     ) -> Answer:
-        """Start an answer; there must be room. The prompt is not empty and fits. Raises JobError."""
+        """Start an answer; there must be room, and the prompt must fit. Raises JobError."""
         assert 0 < len(prompt) < self._context
         left = min(max_tokens, self._context - len(prompt))
         sampler = make_sampler(self._model, plan, max_tokens=left)

@@ -1,4 +1,4 @@
-"""Embeddings by llama.cpp: a context of its own, several texts in one batch, vectors of length 1."""
+"""Embeddings by llama.cpp: its own context, several texts in one batch, vectors of length 1."""
 
 from __future__ import annotations
 

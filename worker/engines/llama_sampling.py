@@ -1,8 +1,8 @@
 """How the next token is drawn: one chain of llama.cpp samplers for each sequence.
 
 What a request leaves open is llama.cpp's own default (common.h): temperature 0.8, top-k 40, top-p
-0.95, min-p 0.05. Values are clamped to where 32-bit floats stay finite: a logit that is not a number
-would end the whole process inside llama.cpp.
+0.95, min-p 0.05. Values are clamped to where 32-bit floats stay finite: a logit that is not a
+number would end the whole process inside llama.cpp.
 """
 
 from __future__ import annotations
