@@ -10,7 +10,7 @@ called in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Self
 
 import httpx
@@ -39,12 +39,15 @@ class AsyncPromptStream:
         self._events = client.driver.iterate(flow, self._outcome)
         self.watched = Watched()
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        async for event in self._events:
-            self.watched.take(event)
-            yield event
+    def __aiter__(self) -> Self:
+        return self
 
-    async def text(self) -> AsyncIterator[str]:
+    async def __anext__(self) -> Event:
+        event = await anext(self._events)
+        self.watched.take(event)
+        return event
+
+    async def text(self) -> AsyncGenerator[str, None]:
         """The pieces of the first job's answer, as they come."""
         async for event in self:
             if isinstance(event, Text) and event.job_id == self.watched.job_ids[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -47,9 +48,10 @@ class AsyncDriver:
 
     async def run(self, flow: Flow[T], on_event: Callable[[Event], None] | None = None) -> T:
         outcome: Outcome[T] = Outcome()
-        async for event in self.iterate(flow, outcome):
-            if on_event is not None:
-                on_event(event)
+        async with aclosing(self.iterate(flow, outcome)) as events:
+            async for event in events:
+                if on_event is not None:
+                    on_event(event)
         return outcome.get()
 
     async def iterate(self, flow: Flow[T], outcome: Outcome[T]) -> AsyncGenerator[Event, None]:

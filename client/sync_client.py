@@ -7,7 +7,7 @@ with Client("http://127.0.0.1:8000", wallet=SimulatedWallet("http://127.0.0.1:80
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Self
 
 import httpx
@@ -36,12 +36,15 @@ class PromptStream:
         self._events = client.driver.iterate(flow, self._outcome)
         self.watched = Watched()
 
-    def __iter__(self) -> Iterator[Event]:
-        for event in self._events:
-            self.watched.take(event)
-            yield event
+    def __iter__(self) -> Self:
+        return self
 
-    def text(self) -> Iterator[str]:
+    def __next__(self) -> Event:
+        event = next(self._events)
+        self.watched.take(event)
+        return event
+
+    def text(self) -> Generator[str, None, None]:
         """The pieces of the first job's answer, as they come."""
         for event in self:
             if isinstance(event, Text) and event.job_id == self.watched.job_ids[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any, TypeVar
 
 import httpx
@@ -46,9 +47,10 @@ class Driver:
 
     def run(self, flow: Flow[T], on_event: Callable[[Event], None] | None = None) -> T:
         outcome: Outcome[T] = Outcome()
-        for event in self.iterate(flow, outcome):
-            if on_event is not None:
-                on_event(event)
+        with closing(self.iterate(flow, outcome)) as events:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
         return outcome.get()
 
     def iterate(self, flow: Flow[T], outcome: Outcome[T]) -> Generator[Event, None, None]:
