@@ -32,6 +32,11 @@ _STREAM_READ_TIMEOUT_S = 45.0
 _LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0)
 
 
+# httpx searches its queue of waiting requests for each new one, so we queue in front of it. Calls
+# that wait for an HTLC do not queue here.
+_AT_ONCE = 8
+
+
 class Transport(Protocol):
     async def call(
         self, wallet: str, operation: str, arguments: dict[str, Any], *, timeout_s: float = 0.0
@@ -117,9 +122,25 @@ class Http:
         self._client = httpx.AsyncClient(
             base_url=url, timeout=timeout, limits=_LIMITS, trust_env=False
         )
+        self._queue = asyncio.Semaphore(_AT_ONCE)
 
     async def call(
         self, wallet: str, operation: str, arguments: dict[str, Any], *, timeout_s: float = 0.0
+    ) -> dict[str, Any]:
+        if timeout_s > 0:
+            return await self._post(wallet, operation, arguments, timeout_s)
+        try:
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                await self._queue.acquire()
+        except TimeoutError:
+            raise _unavailable(operation, "too many requests are waiting") from None
+        try:
+            return await self._post(wallet, operation, arguments, timeout_s)
+        finally:
+            self._queue.release()
+
+    async def _post(
+        self, wallet: str, operation: str, arguments: dict[str, Any], timeout_s: float
     ) -> dict[str, Any]:
         try:
             response = await self._client.post(
@@ -131,7 +152,7 @@ class Http:
             if not isinstance(answer, dict):
                 raise ValueError("not an object")
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise _unavailable(operation, error) from None
+            raise _unavailable(operation, type(error).__name__) from None
         except httpx.RequestError as error:
             raise _unknown(operation, "no answer came", type(error).__name__) from None
         except ValueError:
@@ -155,7 +176,7 @@ class Http:
                     if line:
                         yield json.loads(line)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise _unavailable("settlements", error) from None
+            raise _unavailable("settlements", type(error).__name__) from None
         except httpx.RequestError as error:
             raise _unknown("settlements", "the stream broke", type(error).__name__) from None
         except ValueError:
@@ -185,7 +206,5 @@ def _unknown(operation: str, message: str, detail: str = "") -> OutcomeUnknown:
     return OutcomeUnknown(NAME, operation, message, detail)
 
 
-def _unavailable(operation: str, error: httpx.RequestError) -> BackendUnavailable:
-    return BackendUnavailable(
-        NAME, operation, "the simulated network cannot be reached", type(error).__name__
-    )
+def _unavailable(operation: str, detail: str) -> BackendUnavailable:
+    return BackendUnavailable(NAME, operation, "the simulated network cannot be reached", detail)

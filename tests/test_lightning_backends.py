@@ -1,0 +1,742 @@
+"""The conformance suite of Lightning back ends: what billing relies on, the same for every node.
+
+A back end joins by a rig: its node, somebody who pays it, somebody whom it pays, and the means to
+make things go wrong. The rules are those of `billing.lightning`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from coincurve import PrivateKey
+
+from billing import bolt11_codec
+from billing.lightning import (
+    BackendRejected,
+    BackendUnavailable,
+    Invoice,
+    InvoiceState,
+    LightningBackend,
+    OutcomeUnknown,
+    PaymentState,
+    PaymentStatus,
+    Settlement,
+)
+from billing.lightning.simulated import transport
+from billing.lightning.simulated.backend import SimulatedBackend
+from billing.lightning.simulated.faults import Fault, FaultKind
+from billing.lightning.simulated.network import Network
+from billing.lightning.simulated.serving import NetworkServer
+
+ENOUGH_FEE_MSAT = 1_000_000
+SOON_S = 5.0
+
+
+class Rig(Protocol):
+    """A node under test, and its surroundings."""
+
+    backend: LightningBackend
+
+    async def pay_us(self, bolt11: str) -> str:
+        """Somebody pays our invoice: the preimage they get. Raises BackendRejected if refused."""
+        ...
+
+    async def their_invoice(self, amount_msat: int, *, expiry_s: int = 600) -> str:
+        """An invoice of somebody whom our node can reach."""
+        ...
+
+    async def go_wrong(self, kind: FaultKind, operation: str, *, delay_s: float = 0.0) -> None:
+        """The next call of that operation at our node."""
+        ...
+
+    async def resolve(self, payment_hash: str, *, settle: bool) -> None:
+        """Their node takes the HTLC that it holds, or gives it back."""
+        ...
+
+    async def delete_history(self, payment_hash: str) -> None: ...
+
+    async def pass_time(self, seconds: float) -> None:
+        """For the nodes; not for this process."""
+        ...
+
+    async def drain(self) -> None:
+        """Leave our node with nothing to pay from."""
+        ...
+
+    async def restart(self) -> None:
+        """Stop our node without ceremony, and start it again with what it had on its disk."""
+        ...
+
+    async def left_msat(self, payment_hash: str) -> int:
+        """What left our node for that hash, fees not counted: the truth, whatever the node says."""
+        ...
+
+
+class SimulatedRig:
+    """A simulated network on disk, reached in process or over HTTP."""
+
+    def __init__(self, data_dir: Path, *, over_http: bool) -> None:
+        self._data_dir = data_dir
+        self._over_http = over_http
+        self._later_s = 0.0
+        self._port = 0
+        self._server: NetworkServer | None = None
+        self.network: Network
+        self.backend: LightningBackend
+
+    def _clock(self) -> float:
+        return datetime.now(UTC).timestamp() + self._later_s
+
+    async def start(self) -> None:
+        self.network = await Network.open(self._data_dir, clock=self._clock)
+        await self.network.ensure_wallet("worker")
+        if self._over_http:
+            self._server = NetworkServer(self.network, port=self._port)
+            await self._server.start()
+            self._port = int(self._server.url.rpartition(":")[2])
+            self.backend = SimulatedBackend.over_http(self._server.url)
+        else:
+            self.backend = SimulatedBackend.in_process(self.network)
+
+    async def stop(self) -> None:
+        await self.backend.aclose()
+        if self._server is not None:
+            await self._server.stop()
+        await self.network.aclose()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def pay_us(self, bolt11: str) -> str:
+        payer = SimulatedBackend.in_process(self.network, wallet="payer")
+        status = await payer.pay_invoice(
+            bolt11, max_fee_msat=10**9, timeout_s=SOON_S, max_cltv_blocks=None
+        )
+        if status.preimage is None:
+            raise BackendRejected("payer", "pay_invoice", status.failure_code or "failed")
+        return status.preimage
+
+    async def their_invoice(self, amount_msat: int, *, expiry_s: int = 600) -> str:
+        invoice = await self.network.create_invoice(
+            "worker", amount_msat=amount_msat, description="payout", expiry_s=expiry_s
+        )
+        return invoice.bolt11
+
+    async def go_wrong(self, kind: FaultKind, operation: str, *, delay_s: float = 0.0) -> None:
+        await self.network.script(Fault(kind, operation, delay_s=delay_s))
+
+    async def resolve(self, payment_hash: str, *, settle: bool) -> None:
+        assert await self.network.resolve(payment_hash, settle=settle) == 1
+
+    async def delete_history(self, payment_hash: str) -> None:
+        assert await self.network.forget("router", payment_hash) >= 1
+
+    async def pass_time(self, seconds: float) -> None:
+        self._later_s += seconds
+        await self.network.run_due()
+
+    async def drain(self) -> None:
+        for wallet in await self.network.wallets():
+            if wallet.name == "router":
+                await self.network.fund("router", -wallet.balance_msat)
+
+    async def left_msat(self, payment_hash: str) -> int:
+        return sum(
+            payment.amount_msat
+            for payment in await self.network.paid_out("router")
+            if payment.payment_hash == payment_hash and payment.state == "succeeded"
+        )
+
+
+@pytest.fixture(params=["simulated in process", "simulated over HTTP"])
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = SimulatedRig(tmp_path, over_http=request.param == "simulated over HTTP")
+    await rig.start()
+    yield rig
+    # Whatever a test has done to the nodes, no money may have come from nowhere or gone there.
+    assert (await rig.network.audit()).balances
+    await rig.stop()
+
+
+KEYS = count()
+
+
+async def ask(rig: Rig, amount_msat: int = 21_000, *, expiry_s: int = 600) -> Invoice:
+    return await rig.backend.create_invoice(
+        amount_msat=amount_msat,
+        description="a prompt",
+        expiry_s=expiry_s,
+        idempotency_key=f"quote-{next(KEYS)}",
+    )
+
+
+async def pay(rig: Rig, bolt11: str, *, timeout_s: float = SOON_S) -> PaymentStatus:
+    return await rig.backend.pay_invoice(
+        bolt11, max_fee_msat=ENOUGH_FEE_MSAT, timeout_s=timeout_s, max_cltv_blocks=None
+    )
+
+
+def hash_of(bolt11: str) -> str:
+    return bolt11_codec.decode(bolt11).payment_hash
+
+
+def answers(preimage: str | None, payment_hash: str) -> bool:
+    return preimage is not None and sha256(bytes.fromhex(preimage)).hexdigest() == payment_hash
+
+
+async def until(look: Callable[[], Awaitable[PaymentStatus]], state: PaymentState) -> PaymentStatus:
+    """Look again until it is so: a node's end of a payment cannot be waited for otherwise."""
+    async with asyncio.timeout(SOON_S):
+        while (status := await look()).state is not state:
+            await asyncio.sleep(0.01)
+        return status
+
+
+async def take(rig: Rig, cursor: str | None, wanted: int) -> list[Settlement]:
+    """That many settlements after a cursor, then hang up."""
+    taken: list[Settlement] = []
+    stream = rig.backend.settlements(cursor)
+    async with asyncio.timeout(SOON_S):
+        async for settlement in stream:
+            taken.append(settlement)
+            if len(taken) == wanted:
+                break
+    await stream.aclose()  # type: ignore[attr-defined]
+    return taken
+
+
+# The node
+
+
+async def test_it_says_what_it_is(rig: Rig) -> None:
+    info = await rig.backend.node_info()
+    assert info.network == "regtest"
+    assert info.simulated
+    assert info.synced
+    assert len(bytes.fromhex(info.pubkey)) == 33
+
+
+# Receiving
+
+
+async def test_an_invoice_says_what_was_asked_for(rig: Rig) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    invoice = await ask(rig, 12_345, expiry_s=90)
+    decoded = bolt11_codec.decode(invoice.bolt11)
+    assert decoded.network == "regtest"
+    assert decoded.amount_msat == invoice.amount_msat == 12_345
+    assert decoded.payment_hash == invoice.payment_hash
+    assert decoded.expires_at == invoice.expires_at
+    assert decoded.expiry_s == 90
+    assert decoded.description == "a prompt"
+    assert decoded.has_payment_secret
+    assert decoded.payee_pubkey == (await rig.backend.node_info()).pubkey
+    assert before <= invoice.created_at <= datetime.now(UTC)
+
+
+async def test_every_invoice_has_a_hash_of_its_own(rig: Rig) -> None:
+    invoices = await asyncio.gather(*(ask(rig) for _ in range(30)))
+    assert len({invoice.payment_hash for invoice in invoices}) == 30
+
+
+async def test_the_same_key_gives_the_same_invoice(rig: Rig) -> None:
+    async def create(amount_msat: int) -> Invoice:
+        return await rig.backend.create_invoice(
+            amount_msat=amount_msat, description="x", expiry_s=60, idempotency_key="quote-same"
+        )
+
+    assert await create(1_000) == await create(1_000)
+    with pytest.raises(BackendRejected) as refusal:
+        await create(2_000)
+    assert refusal.value.reason == "conflict"
+
+
+@pytest.mark.parametrize(
+    "amount_msat, description, expiry_s",
+    [(0, "x", 60), (-1, "x", 60), (10**20, "x", 60), (1_000, "x" * 640, 60), (1_000, "x", 0)],
+)
+async def test_impossible_terms_are_rejected(
+    rig: Rig, amount_msat: int, description: str, expiry_s: int
+) -> None:
+    with pytest.raises(BackendRejected):
+        await rig.backend.create_invoice(
+            amount_msat=amount_msat,
+            description=description,
+            expiry_s=expiry_s,
+            idempotency_key="quote-impossible",
+        )
+
+
+async def test_a_paid_invoice_is_settled(rig: Rig) -> None:
+    invoice = await ask(rig)
+    before = await rig.backend.lookup_invoice(invoice.payment_hash)
+    assert (before.state, before.amount_received_msat) == (InvoiceState.OPEN, 0)
+    balance_before = await rig.backend.balance()
+
+    preimage = await rig.pay_us(invoice.bolt11)
+
+    assert answers(preimage, invoice.payment_hash)
+    after = await rig.backend.lookup_invoice(invoice.payment_hash)
+    assert after.state is InvoiceState.SETTLED
+    assert after.amount_received_msat == 21_000
+    assert after.settled_at is not None and after.settled_at.tzinfo is not None
+    balance_after = await rig.backend.balance()
+    assert balance_after.spendable_msat == balance_before.spendable_msat + 21_000
+
+
+async def test_an_unknown_invoice_is_not_found(rig: Rig) -> None:
+    assert (await rig.backend.lookup_invoice("00" * 32)).state is InvoiceState.NOT_FOUND
+
+
+async def test_an_invoice_is_paid_once(rig: Rig) -> None:
+    invoice = await ask(rig)
+    first = await rig.pay_us(invoice.bolt11)
+    balance = await rig.backend.balance()
+    assert await rig.pay_us(invoice.bolt11) == first
+    assert await rig.backend.balance() == balance
+
+
+async def test_an_invoice_expires_unpaid(rig: Rig) -> None:
+    invoice = await ask(rig, expiry_s=60)
+    await rig.pass_time(61)
+    assert (await rig.backend.lookup_invoice(invoice.payment_hash)).state is InvoiceState.EXPIRED
+    with pytest.raises(BackendRejected):
+        await rig.pay_us(invoice.bolt11)
+
+
+async def test_a_canceled_invoice_can_never_settle(rig: Rig) -> None:
+    invoice = await ask(rig)
+    assert await rig.backend.cancel_invoice(invoice.payment_hash)
+    assert await rig.backend.cancel_invoice(invoice.payment_hash)
+    assert (await rig.backend.lookup_invoice(invoice.payment_hash)).state is InvoiceState.CANCELED
+    with pytest.raises(BackendRejected):
+        await rig.pay_us(invoice.bolt11)
+
+
+async def test_a_settled_invoice_cannot_be_canceled(rig: Rig) -> None:
+    invoice = await ask(rig)
+    await rig.pay_us(invoice.bolt11)
+    assert not await rig.backend.cancel_invoice(invoice.payment_hash)
+    assert (await rig.backend.lookup_invoice(invoice.payment_hash)).state is InvoiceState.SETTLED
+
+
+async def test_nobody_can_promise_for_an_unknown_invoice(rig: Rig) -> None:
+    assert not await rig.backend.cancel_invoice("00" * 32)
+
+
+async def test_an_invoice_lost_on_its_way_is_found_again_by_its_key(rig: Rig) -> None:
+    await rig.go_wrong(FaultKind.DROP_AFTER, "create_invoice")
+
+    async def create() -> Invoice:
+        return await rig.backend.create_invoice(
+            amount_msat=5_000, description="x", expiry_s=60, idempotency_key="quote-lost"
+        )
+
+    with pytest.raises(OutcomeUnknown):
+        await create()
+    found = await create()
+    assert await create() == found
+
+
+# The stream of settlements
+
+
+async def test_settlements_come_in_order_and_resume_after_a_cursor(rig: Rig) -> None:
+    invoices = [await ask(rig, 1_000 * n) for n in (1, 2, 3, 4)]
+    for invoice in invoices:
+        await rig.pay_us(invoice.bolt11)
+
+    settlements = await take(rig, None, 4)
+
+    assert [s.payment_hash for s in settlements] == [i.payment_hash for i in invoices]
+    assert [s.amount_received_msat for s in settlements] == [1_000, 2_000, 3_000, 4_000]
+    assert all(settlement.settled_at.tzinfo is not None for settlement in settlements)
+    assert await take(rig, settlements[1].cursor, 2) == settlements[2:]
+    looked_up = await rig.backend.lookup_invoice(invoices[2].payment_hash)
+    assert looked_up.cursor == settlements[2].cursor
+
+
+async def test_a_settlement_comes_while_one_listens(rig: Rig) -> None:
+    listening = asyncio.create_task(take(rig, None, 2))
+    invoices = [await ask(rig), await ask(rig)]
+    for invoice in invoices:
+        await rig.pay_us(invoice.bolt11)
+    settlements = await listening
+    assert [s.payment_hash for s in settlements] == [i.payment_hash for i in invoices]
+
+
+async def test_a_broken_stream_says_so_and_loses_nothing(rig: Rig) -> None:
+    invoices = [await ask(rig) for _ in range(3)]
+    for invoice in invoices:
+        await rig.pay_us(invoice.bolt11)
+    await rig.go_wrong(FaultKind.DROP_AFTER, "settlements")
+    seen: list[Settlement] = []
+    with pytest.raises((OutcomeUnknown, BackendUnavailable)):
+        async for settlement in rig.backend.settlements(None):
+            seen.append(settlement)
+    assert len(seen) == 1
+    seen += await take(rig, seen[-1].cursor, 2)
+    assert [s.payment_hash for s in seen] == [i.payment_hash for i in invoices]
+
+
+async def test_an_unpaid_invoice_is_in_no_stream(rig: Rig) -> None:
+    await ask(rig)
+    paid = await ask(rig)
+    await rig.pay_us(paid.bolt11)
+    assert [s.payment_hash for s in await take(rig, None, 1)] == [paid.payment_hash]
+
+
+# Paying
+
+
+async def test_a_payment_succeeds_with_a_preimage_that_proves_it(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    before = await rig.backend.balance()
+    status = await pay(rig, bolt11)
+    assert status.state is PaymentState.SUCCEEDED
+    assert answers(status.preimage, hash_of(bolt11))
+    assert status.amount_msat == 50_000
+    assert status.fee_msat is not None and 0 <= status.fee_msat <= ENOUGH_FEE_MSAT
+    after = await rig.backend.balance()
+    assert after.spendable_msat == before.spendable_msat - 50_000 - status.fee_msat
+    assert after.pending_msat == 0
+    assert await rig.backend.lookup_payment(hash_of(bolt11)) == status
+
+
+async def test_a_payment_never_asked_for_is_not_found(rig: Rig) -> None:
+    assert (await rig.backend.lookup_payment("11" * 32)).state is PaymentState.NOT_FOUND
+
+
+async def test_the_same_invoice_is_paid_once(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    first = await pay(rig, bolt11)
+    assert await pay(rig, bolt11) == first
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_twenty_at_once_pay_the_same_invoice_once(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    statuses = await asyncio.gather(*(pay(rig, bolt11) for _ in range(20)))
+    assert {status.state for status in statuses} <= {PaymentState.SUCCEEDED, PaymentState.IN_FLIGHT}
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_a_failed_payment_costs_nothing_and_may_be_tried_again(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    before = await rig.backend.balance()
+    await rig.go_wrong(FaultKind.FAIL, "pay_invoice")
+    status = await pay(rig, bolt11)
+    expected = (
+        PaymentState.FAILED
+        if rig.backend.capabilities.failed_is_definitive
+        else PaymentState.UNKNOWN
+    )
+    assert status.state is expected
+    assert status.failure_code
+    assert await rig.backend.balance() == before
+    assert (await pay(rig, bolt11)).state is PaymentState.SUCCEEDED
+    looked_up = await rig.backend.lookup_payment(hash_of(bolt11))
+    assert looked_up.state is PaymentState.SUCCEEDED
+
+
+async def test_a_payment_that_fails_late_is_in_flight_until_then(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    before = await rig.backend.balance()
+    await rig.go_wrong(FaultKind.FAIL_LATE, "pay_invoice", delay_s=30)
+    status = await pay(rig, bolt11, timeout_s=0.05)
+    assert status.state is PaymentState.IN_FLIGHT
+    held = await rig.backend.balance()
+    assert held.pending_msat > 50_000
+    assert held.spendable_msat == before.spendable_msat - held.pending_msat
+    await rig.pass_time(31)
+    ended = await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.FAILED)
+    assert ended.preimage is None
+    assert await rig.backend.balance() == before
+
+
+async def test_a_slow_payment_is_waited_for(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.DELAY, "pay_invoice", delay_s=0.2)
+    assert (await pay(rig, bolt11)).state is PaymentState.SUCCEEDED
+
+
+@pytest.mark.parametrize("settle", [True, False])
+async def test_a_held_payment_is_in_flight_and_ends_either_way(rig: Rig, settle: bool) -> None:
+    bolt11 = await rig.their_invoice(50_000, expiry_s=120)
+    before = await rig.backend.balance()
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    assert (await pay(rig, bolt11, timeout_s=0.05)).state is PaymentState.IN_FLIGHT
+    # Again is no second payment, and long after the expiry it is still undecided.
+    assert (await pay(rig, bolt11, timeout_s=0.05)).state is PaymentState.IN_FLIGHT
+    await rig.pass_time(86_400)
+    status = await rig.backend.lookup_payment(hash_of(bolt11))
+    assert status.state is PaymentState.IN_FLIGHT
+
+    await rig.resolve(hash_of(bolt11), settle=settle)
+
+    status = await rig.backend.lookup_payment(hash_of(bolt11))
+    after = await rig.backend.balance()
+    assert after.pending_msat == 0
+    if settle:
+        assert status.state is PaymentState.SUCCEEDED
+        assert answers(status.preimage, hash_of(bolt11))
+        assert await rig.left_msat(hash_of(bolt11)) == 50_000
+    else:
+        assert status.state is PaymentState.FAILED
+        assert after == before
+
+
+async def test_whoever_waits_for_a_held_payment_learns_its_end(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    waiting = asyncio.create_task(pay(rig, bolt11))
+    await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.IN_FLIGHT)
+    await rig.resolve(hash_of(bolt11), settle=True)
+    assert (await waiting).state is PaymentState.SUCCEEDED
+
+
+async def test_a_connection_lost_before_the_node_acts_leaves_it_unknown(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.DROP_BEFORE, "pay_invoice")
+    with pytest.raises(OutcomeUnknown):
+        await pay(rig, bolt11)
+    status = await rig.backend.lookup_payment(hash_of(bolt11))
+    assert status.state is PaymentState.NOT_FOUND
+    assert await rig.left_msat(hash_of(bolt11)) == 0
+
+
+async def test_a_connection_lost_after_the_node_acted_leaves_it_unknown(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.DROP_AFTER, "pay_invoice")
+    with pytest.raises(OutcomeUnknown):
+        await pay(rig, bolt11)
+    await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.SUCCEEDED)
+    assert (await pay(rig, bolt11)).state is PaymentState.SUCCEEDED
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_a_caller_who_goes_away_does_not_stop_the_payment(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.DELAY, "pay_invoice", delay_s=0.3)
+    paying = asyncio.create_task(pay(rig, bolt11))
+    await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.IN_FLIGHT)
+    paying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await paying
+    await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.SUCCEEDED)
+
+
+async def test_an_expired_invoice_is_not_paid(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000, expiry_s=60)
+    await rig.pass_time(61)
+    if not rig.backend.capabilities.checks_expiry:
+        pytest.skip("this node does not check expiry; callers do")
+    with pytest.raises(BackendRejected) as refusal:
+        await pay(rig, bolt11)
+    assert refusal.value.reason == "expired"
+    assert await rig.left_msat(hash_of(bolt11)) == 0
+
+
+@pytest.mark.parametrize("prefix", ["bc", "tb", "tbs"])
+async def test_an_invoice_of_another_network_is_not_paid(rig: Rig, prefix: str) -> None:
+    bolt11 = bolt11_codec.sign(
+        PrivateKey(),
+        prefix=prefix,
+        amount_msat=1_000,
+        payment_hash=b"\x01" * 32,
+        payment_secret=b"\x02" * 32,
+        created_at_s=int(datetime.now(UTC).timestamp()),
+        expiry_s=600,
+        description="real money",
+    )
+    with pytest.raises(BackendRejected) as refusal:
+        await pay(rig, bolt11)
+    assert refusal.value.reason == "wrong_network"
+
+
+async def test_a_broken_invoice_is_not_paid(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    with pytest.raises(BackendRejected) as refusal:
+        await pay(rig, bolt11[:-1] + ("q" if bolt11[-1] != "q" else "p"))
+    assert refusal.value.reason == "malformed"
+
+
+async def test_a_payee_whom_nobody_knows_cannot_be_reached(rig: Rig) -> None:
+    bolt11 = bolt11_codec.sign(
+        PrivateKey(),
+        prefix="bcrt",
+        amount_msat=1_000,
+        payment_hash=b"\x01" * 32,
+        payment_secret=b"\x02" * 32,
+        created_at_s=int(datetime.now(UTC).timestamp()),
+        expiry_s=600,
+        description="from elsewhere",
+    )
+    before = await rig.backend.balance()
+    assert (await pay(rig, bolt11)).state in (PaymentState.FAILED, PaymentState.UNKNOWN)
+    assert await rig.backend.balance() == before
+
+
+async def test_an_empty_node_pays_nothing(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.drain()
+    with pytest.raises(BackendRejected) as refusal:
+        await pay(rig, bolt11)
+    assert refusal.value.reason == "insufficient_funds"
+
+
+async def test_routing_above_the_limit_is_refused(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    if not rig.backend.capabilities.fee_limit:
+        pytest.skip("this node takes no fee limit; callers use worst_case_fee_msat")
+    with pytest.raises(BackendRejected) as refusal:
+        await rig.backend.pay_invoice(
+            bolt11, max_fee_msat=0, timeout_s=SOON_S, max_cltv_blocks=None
+        )
+    assert refusal.value.reason == "fee_limit"
+    assert await rig.left_msat(hash_of(bolt11)) == 0
+
+
+async def test_a_route_with_too_many_blocks_is_refused(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    with pytest.raises(BackendRejected):
+        await rig.backend.pay_invoice(
+            bolt11, max_fee_msat=ENOUGH_FEE_MSAT, timeout_s=SOON_S, max_cltv_blocks=5
+        )
+    assert await rig.left_msat(hash_of(bolt11)) == 0
+
+
+async def test_a_node_does_not_pay_itself(rig: Rig) -> None:
+    invoice = await ask(rig)
+    with pytest.raises(BackendRejected) as refusal:
+        await pay(rig, invoice.bolt11)
+    assert refusal.value.reason == "self_payment"
+
+
+async def test_a_node_that_lost_its_history_says_not_found_and_pays_no_second_time(
+    rig: Rig,
+) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    assert (await pay(rig, bolt11)).state is PaymentState.SUCCEEDED
+    await rig.delete_history(hash_of(bolt11))
+    assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.NOT_FOUND
+    # The payee does not take it twice. Its word for that is the same as for an unknown invoice.
+    again = await pay(rig, bolt11)
+    assert again.state in (PaymentState.FAILED, PaymentState.UNKNOWN)
+    assert again.failure_code == "incorrect_payment_details"
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_a_payment_may_be_forgotten_while_it_is_held(rig: Rig) -> None:
+    bolt11 = await rig.their_invoice(50_000)
+    await rig.go_wrong(FaultKind.FORGET, "pay_invoice")
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    await rig.go_wrong(FaultKind.DROP_AFTER, "pay_invoice")
+    with pytest.raises(OutcomeUnknown):
+        await pay(rig, bolt11)
+    assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.NOT_FOUND
+    await rig.resolve(hash_of(bolt11), settle=True)
+    assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.NOT_FOUND
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_a_restarted_node_knows_what_it_knew(rig: Rig) -> None:
+    received, open_still = await ask(rig), await ask(rig)
+    await rig.pay_us(received.bolt11)
+    paid, held = await rig.their_invoice(50_000), await rig.their_invoice(60_000)
+    succeeded = await pay(rig, paid)
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    assert (await pay(rig, held, timeout_s=0.05)).state is PaymentState.IN_FLIGHT
+    before, info = await rig.backend.balance(), await rig.backend.node_info()
+
+    await rig.restart()
+
+    assert await rig.backend.node_info() == info
+    assert await rig.backend.balance() == before
+    state = (await rig.backend.lookup_invoice(received.payment_hash)).state
+    assert state is InvoiceState.SETTLED
+    assert (await rig.backend.lookup_invoice(open_still.payment_hash)).state is InvoiceState.OPEN
+    assert await rig.backend.lookup_payment(hash_of(paid)) == succeeded
+    assert (await rig.backend.lookup_payment(hash_of(held))).state is PaymentState.IN_FLIGHT
+    await rig.resolve(hash_of(held), settle=True)
+    assert (await rig.backend.lookup_payment(hash_of(held))).state is PaymentState.SUCCEEDED
+    [first] = await take(rig, None, 1)
+    await rig.pay_us(open_still.bolt11)
+    [second] = await take(rig, first.cursor, 1)
+    assert second.payment_hash == open_still.payment_hash
+
+
+# Over a network only
+
+
+@pytest.fixture
+async def http_rig(tmp_path: Path) -> AsyncIterator[SimulatedRig]:
+    rig = SimulatedRig(tmp_path, over_http=True)
+    await rig.start()
+    yield rig
+    await rig.stop()
+
+
+async def test_a_node_that_cannot_be_reached_certainly_did_nothing() -> None:
+    backend = SimulatedBackend.over_http("http://127.0.0.1:1")
+    with pytest.raises(BackendUnavailable):
+        await backend.node_info()
+    with pytest.raises(BackendUnavailable):
+        await backend.pay_invoice("lnbcrt1x", max_fee_msat=1, timeout_s=1.0, max_cltv_blocks=None)
+    with pytest.raises(BackendUnavailable):
+        await anext(aiter(backend.settlements(None)))
+    await backend.aclose()
+
+
+async def test_an_answer_that_does_not_come_in_time_is_unknown(
+    http_rig: SimulatedRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_READ_TIMEOUT_S", 0.1)
+    await http_rig.go_wrong(FaultKind.DELAY, "create_invoice", delay_s=1.0)
+    with pytest.raises(OutcomeUnknown):
+        await ask(http_rig)
+
+
+async def test_a_node_that_refuses_says_so(http_rig: SimulatedRig) -> None:
+    await http_rig.go_wrong(FaultKind.FAIL, "create_invoice")
+    with pytest.raises(BackendRejected):
+        await ask(http_rig)
+    assert (await ask(http_rig)).payment_hash
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 Oops\r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nnot JSON!",
+        b"HTTP/1.1 409 No\r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{",
+        b"gibberish\r\n\r\n",
+        b"",
+    ],
+)
+async def test_an_answer_that_means_nothing_is_unknown(answer: bytes) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    backend = SimulatedBackend.over_http(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    with pytest.raises(OutcomeUnknown):
+        await backend.pay_invoice("lnbcrt1x", max_fee_msat=1, timeout_s=1.0, max_cltv_blocks=None)
+    await backend.aclose()
+    server.close()
+    await server.wait_closed()
