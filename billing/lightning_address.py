@@ -38,7 +38,6 @@ from typing import Any
 from billing.errors import BadLightningAddress
 from billing.ln_url import Payee, parse_ln_url
 from billing.lnurl_pay import (
-    MSAT_PER_SAT,
     PayeeError,
     PayTerms,
     RequestedInvoice,
@@ -139,7 +138,7 @@ class LightningAddresses:
         ours, never a user's text. Raises BadLightningAddress. The caller must still refuse a
         payment hash that any earlier attempt had.
         """
-        if amount_msat % MSAT_PER_SAT or payable_msat(terms, amount_msat) != amount_msat:
+        if amount_msat <= 0 or payable_msat(terms, amount_msat) != amount_msat:
             raise BadLightningAddress("amount_out_of_range", "the payee does not take this amount")
         parameters = {"amount": str(amount_msat)}
         if comment and len(comment) <= terms.comment_max_length:
