@@ -87,7 +87,9 @@ def _is_a(value: object, kind: type) -> bool:
         return isinstance(value, int | float) and -_INT_MAX < value < _INT_MAX
     if kind is int:
         return isinstance(value, int) and -_INT_MAX < value < _INT_MAX
-    return isinstance(value, str) and len(value) <= _TEXT_MAX and _is_storable(value)
+    if kind is str:
+        return isinstance(value, str) and len(value) <= _TEXT_MAX and _is_storable(value)
+    return False
 
 
 def _is_storable(text: str) -> bool:
