@@ -1,27 +1,27 @@
 """Everything a worker can be told, from `SATHERD_...` in the environment or a `.env` file.
 
-    setting                    meaning
-    SATHERD_ROUTER_URL         the router: http(s)://host or ws(s)://host; `/worker` is added
-    SATHERD_LN_URL             Lightning address that is paid; without it the worker serves unpaid
-    SATHERD_ENGINE             llama_cpp, openai, koboldcpp, echo
-    SATHERD_MODEL              llama_cpp: a GGUF file; others: the server's names, comma separated
-    SATHERD_MODEL_NAME         the name that clients see
-    SATHERD_SLOTS              jobs at once
-    SATHERD_CONTEXT            tokens of context for each job
-    SATHERD_MAX_TOKENS         the longest answer in tokens; default: the context
-    SATHERD_THREADS            CPU threads; default: physical cores less one, at least one
-    SATHERD_GPU_LAYERS         layers on the GPU, -1 for all; without a GPU build it does nothing
-    SATHERD_ENGINE_URL         where the openai or koboldcpp server listens
-    SATHERD_ENGINE_API_KEY     its key, if it wants one
-    SATHERD_ENGINE_TIMEOUT_S   the longest silence of that server
-    SATHERD_CHAT_TEMPLATE      koboldcpp only: chatml, alpaca or plain
-    SATHERD_WORKER_KEY         the secret that earnings belong to; default: a file in the data dir
-    SATHERD_DATA_DIR           where that file lies
-    SATHERD_WORKER_NAME        a name for people
-    SATHERD_MIN_FEES           JSON, model to least rates: {"m": {"output_msat_per_mtok": 5}}
-    SATHERD_GRACE_S            how long SIGTERM waits for running jobs
-    SATHERD_RECONNECT_MAX_S    the longest pause between two tries to connect
-    SATHERD_ECHO_*             see `worker.engines.echo`
+setting                    meaning
+SATHERD_ROUTER_URL         the router: http(s)://host or ws(s)://host; `/worker` is added
+SATHERD_LN_URL             Lightning address that is paid; without it the worker serves unpaid
+SATHERD_ENGINE             llama_cpp, openai, koboldcpp, echo
+SATHERD_MODEL              llama_cpp: a GGUF file; others: the server's names, comma separated
+SATHERD_MODEL_NAME         the name that clients see
+SATHERD_SLOTS              jobs at once
+SATHERD_CONTEXT            tokens of context for each job
+SATHERD_MAX_TOKENS         the longest answer in tokens; default: the context
+SATHERD_THREADS            CPU threads; default: physical cores less one, at least one
+SATHERD_GPU_LAYERS         layers on the GPU, -1 for all; without a GPU build it does nothing
+SATHERD_ENGINE_URL         where the openai or koboldcpp server listens
+SATHERD_ENGINE_API_KEY     its key, if it wants one
+SATHERD_ENGINE_TIMEOUT_S   the longest silence of that server
+SATHERD_CHAT_TEMPLATE      koboldcpp only: chatml, alpaca or plain
+SATHERD_WORKER_KEY         the secret that earnings belong to; default: a file in the data dir
+SATHERD_DATA_DIR           where that file lies
+SATHERD_WORKER_NAME        a name for people
+SATHERD_MIN_FEES           JSON, model to least rates: {"m": {"output_msat_per_mtok": 5}}
+SATHERD_GRACE_S            how long SIGTERM waits for running jobs
+SATHERD_RECONNECT_MAX_S    the longest pause between two tries to connect
+SATHERD_ECHO_*             see `worker.engines.echo`
 """
 
 from __future__ import annotations

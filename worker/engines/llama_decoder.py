@@ -92,7 +92,9 @@ class Decoder:
             )
         self._model = model
         self._handle: lib.llama_context_p | None = handle
-        self._memory = lib.llama_get_memory(handle)
+        memory = lib.llama_get_memory(handle)
+        assert memory is not None, "a model that writes has a memory"
+        self._memory = memory
         self._context = context
         self._slots = [_Slot(index) for index in range(slots)]
         self._steps = 0

@@ -1,22 +1,24 @@
 """One GGUF file in memory: loading it, its vocabulary, its words about itself.
 
-Nothing here computes. A model may be read from several threads; contexts made of it may not.
+Nothing here computes. Any thread may ask; contexts made of the model belong to one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as lib
 
-from worker.errors import EngineStartError
+from worker.errors import EngineStartError, JobError
+from worker.protocol import FailureCode
 
 MAGIC = b"GGUF"
-LOG_WARN = 2
-LOG_ERROR = 3
+LOG_ERROR = 4  # enum ggml_log_level in ggml.h
 LONGEST_TOKEN_BYTES = 256
 
 _complaints: deque[str] = deque(maxlen=20)
@@ -26,7 +28,7 @@ _complaints: deque[str] = deque(maxlen=20)
 # for the message of a load that fails, and not logged, since it quotes grammars that clients send.
 @lib.llama_log_callback
 def _keep_complaints(level: int, text: bytes, _data: int) -> None:
-    if level in (LOG_WARN, LOG_ERROR):
+    if level == LOG_ERROR:
         _complaints.append(text.decode("utf-8", "replace").strip())
 
 
@@ -57,9 +59,10 @@ class LlamaModel:
         if not model:
             reason = next((line for line in _complaints if line), "llama.cpp gives no reason")
             raise EngineStartError(f"{path} cannot be loaded: {reason}")
-        self._model = model
+        self._model: lib.llama_model_p | None = model
+        # Prompts are made in other threads than the one that closes: freed memory is never read.
+        self._open = threading.Lock()
         self._pieces: dict[int, bytes] = {}
-        self._piece_buffer = ctypes.create_string_buffer(LONGEST_TOKEN_BYTES)
         vocab = lib.llama_model_get_vocab(model)
         assert vocab is not None
         self.vocab = vocab
@@ -78,27 +81,37 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free it. Twice is harmless."""
-        if self._model is not None:
-            lib.llama_model_free(self._model)
-            self._model = None
+        with self._open:
+            if self._model is not None:
+                lib.llama_model_free(self._model)
+                self._model = None
 
     def tokenize(self, text: str, *, whole_prompt: bool = True) -> list[int]:
-        """Token ids of `text`. In a whole prompt the begin token is added if the model wants it."""
+        """Token ids of `text`. In a whole prompt the begin token is added if the model wants it.
+
+        Raises JobError when the model is closed.
+        """
         # A template may have written the begin token itself: the model must not see it twice.
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         tokens = (lib.llama_token * room)()
-        count = lib.llama_tokenize(self.vocab, data, len(data), tokens, room, whole_prompt, True)
+        with self._open:
+            self._check_open()
+            count = lib.llama_tokenize(
+                self.vocab, data, len(data), tokens, room, whole_prompt, True
+            )
+            begin = self.begin_token
         assert count >= 0, "more tokens than bytes"
-        begin = self.begin_token
         doubled = whole_prompt and count > 1 and tokens[0] == tokens[1] == begin
         return list(tokens[1 if doubled else 0 : count])
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for; control tokens stand for none."""
+        """The bytes that a token stands for; control tokens stand for none. Raises JobError."""
         known = self._pieces.get(token)
         if known is None:
-            known = self._pieces[token] = self._piece(token, special=False)
+            with self._open:
+                self._check_open()
+                known = self._pieces[token] = self._piece(token, special=False)
         return known
 
     def special_text(self, token: int) -> str:
@@ -106,12 +119,16 @@ class LlamaModel:
         return self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def _piece(self, token: int, *, special: bool) -> bytes:
-        buffer = self._piece_buffer
+        buffer = ctypes.create_string_buffer(LONGEST_TOKEN_BYTES)
         size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         if size < 0:
             buffer = ctypes.create_string_buffer(-size)
             size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[:size]
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            raise JobError(FailureCode.ENGINE_ERROR, "the model is closed")
 
     def ends_text(self, token: int) -> bool:
         """Whether the model says by this token that it has finished."""
@@ -120,20 +137,20 @@ class LlamaModel:
     @property
     def begin_token(self) -> int:
         """-1 when there is none."""
-        return lib.llama_vocab_bos(self.vocab)
+        return _as_int(lib.llama_vocab_bos(self.vocab))
 
     @property
     def end_token(self) -> int:
         """-1 when there is none."""
-        return lib.llama_vocab_eos(self.vocab)
+        return _as_int(lib.llama_vocab_eos(self.vocab))
 
     @property
     def middle_tokens(self) -> tuple[int, int, int] | None:
         """Prefix, suffix and middle markers; None when the model cannot fill in the middle."""
         found = (
-            lib.llama_vocab_fim_pre(self.vocab),
-            lib.llama_vocab_fim_suf(self.vocab),
-            lib.llama_vocab_fim_mid(self.vocab),
+            _as_int(lib.llama_vocab_fim_pre(self.vocab)),
+            _as_int(lib.llama_vocab_fim_suf(self.vocab)),
+            _as_int(lib.llama_vocab_fim_mid(self.vocab)),
         )
         return found if min(found) >= 0 else None
 
@@ -147,7 +164,7 @@ class LlamaModel:
         """One value of the file's header. `{arch}` in `key` is the model's architecture."""
         if "{arch}" in key:
             key = key.format(arch=self.metadata("general.architecture"))
-        buffer = ctypes.create_string_buffer(1024)
+        buffer: Any = ctypes.create_string_buffer(1024)
         size = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if size >= 0 else None
 
@@ -155,6 +172,11 @@ class LlamaModel:
     def writes_text(self) -> bool:
         """False for encoders such as BERT, which only embed."""
         return self.metadata("{arch}.attention.causal") != "false"
+
+
+def _as_int(token: Any) -> int:
+    """ctypes returns plain ints where the binding's types say c_int32."""
+    return token
 
 
 def check_file(path: Path) -> None:

@@ -25,6 +25,7 @@ CHATML_END = "<|im_end|>"
 SCHEMA_BYTES = 16_384
 GRAMMAR_BYTES = 262_144
 MOST_REPEATS = 1000
+SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 REPEAT_KEYS = {"minItems", "maxItems", "minLength", "maxLength"}
 
 # What the schema converter raises for schemas that it does not understand: it checks little.
@@ -187,7 +188,8 @@ def _schema_grammar(schema: Any) -> str:
         raise JobError(FailureCode.BAD_REQUEST, "the JSON schema is not understood") from error
     if len(grammar) > GRAMMAR_BYTES:
         raise JobError(FailureCode.BAD_REQUEST, "the JSON schema is too large")
-    return grammar
+    # The converter writes 😀 as two escapes, and llama.cpp reads those as two characters.
+    return SURROGATES.sub(lambda pair: json.loads(f'"{pair[0]}"'), grammar)
 
 
 def _repeats_too_often(schema: Any) -> bool:

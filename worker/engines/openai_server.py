@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from worker.engines import Done, Progress, Sink
 from worker.engines.remote import check, discover, json_object, lost, open_client, sse_data
@@ -291,10 +292,11 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
 def _usage_of(value: Any) -> Usage | None:
     if not isinstance(value, dict):
         return None
-    counts = (value.get("prompt_tokens"), value.get("completion_tokens", 0))
-    if any(not isinstance(count, int) or count < 0 for count in counts):
+    try:
+        # Embeddings have no completion tokens.
+        return Usage.model_validate({"completion_tokens": 0} | value, strict=True)
+    except ValidationError:
         return None
-    return Usage(prompt_tokens=counts[0], completion_tokens=counts[1])
 
 
 def _context_of(facts: dict[str, Any]) -> int | None:
