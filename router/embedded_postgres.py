@@ -64,6 +64,7 @@ _NOT_YET = (
     OSError,
     asyncpg.CannotConnectNowError,
     asyncpg.ConnectionDoesNotExistError,
+    asyncpg.InternalClientError,  # what asyncpg makes of a server that dies in mid-sentence
     asyncpg.TooManyConnectionsError,
 )
 
@@ -206,7 +207,7 @@ class EmbeddedPostgres:
             self.restarts += 1
             try:
                 await self._launch()
-            except (EmbeddedPostgresError, OSError, asyncpg.PostgresError) as error:
+            except (EmbeddedPostgresError, asyncpg.PostgresError, *_NOT_YET) as error:
                 log.error("PostgreSQL did not start: %s", error)
                 await self._end_process()
 
