@@ -218,7 +218,8 @@ class AsyncClient:
         """Pay into the client's own key, or into a new account whose key comes back."""
         return await self.driver.run(self._core.top_up(amount_msat))
 
-    async def rotate(self, payment_hash: str, credential: Credential) -> ApiKey:
+    async def rotate(self, payment_hash: str, credential: Credential | None = None) -> ApiKey:
+        """A new key for the account of a top-up, shown this once; the old one is dead."""
         return await self.driver.run(self._core.rotate(payment_hash, credential))
 
     async def keys(self, credential: Credential | None = None) -> list[Mapping[str, Any]]:

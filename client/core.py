@@ -239,8 +239,8 @@ class Core:
             raise NoWallet("a top-up is paid by a wallet")
         return account.top_up(amount_msat, self.credential, self.patience)
 
-    def rotate(self, payment_hash: str, credential: Credential) -> Flow[ApiKey]:
-        return account.rotate_key(payment_hash, credential, self.patience)
+    def rotate(self, payment_hash: str, credential: Credential | None) -> Flow[ApiKey]:
+        return account.rotate_key(payment_hash, self.opener(credential), self.patience)
 
     def keys(self, credential: Credential | None) -> Flow[list[Mapping[str, Any]]]:
         return account.list_keys(self.opener(credential), self.patience)

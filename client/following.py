@@ -59,6 +59,7 @@ class Tracker:
         self.job_ids: list[str] = []
         self.ended: dict[str, Job] = {}
         self._attempts: dict[str, int] = {}
+        self._places: dict[str, int] = {}
 
     @property
     def finished(self) -> bool:
@@ -69,8 +70,6 @@ class Tracker:
 
         Raises NotQueued for `late` and `expired`, UnexpectedAnswer for data of another shape.
         """
-        if self._was_seen(event.id):
-            return
         try:
             data = event.json()
         except ValueError as error:
@@ -79,10 +78,6 @@ class Tracker:
         # Only now: an event that could not be read has not been seen.
         self.last_id = event.id or self.last_id
 
-    def _was_seen(self, event_id: str) -> bool:
-        numbers = event_id.isdecimal() and self.last_id.isdecimal()
-        return bool(event_id) and numbers and int(event_id) <= int(self.last_id)
-
     def _read(self, name: str, data: Mapping[str, Any]) -> Iterator[Event]:
         match name:
             case "state":
@@ -90,10 +85,7 @@ class Tracker:
             case "position":
                 yield self._read_position(data)
             case "chunk":
-                job_id = self._job_id(data)
-                text = str(data.get("text") or "")
-                self.texts[job_id] = self.texts.get(job_id, "") + text
-                yield Text(job_id, text, data.get("delta"))
+                yield from self._read_chunk(data)
             case "done":
                 job = Job.from_json(_job_of(data))
                 if job.id not in self.ended:
@@ -119,6 +111,17 @@ class Tracker:
                 yield Restarted(job_id, attempt)
         reason = data.get("reason")
         yield StateChanged(job_id, str(data.get("state", "")), attempt, reason)
+
+    def _read_chunk(self, data: Mapping[str, Any]) -> Iterator[Event]:
+        job_id, seq = self._job_id(data), data.get("seq")
+        # `seq` grows within a job and is no more than a place elsewhere: other events share it.
+        if isinstance(seq, int):
+            if seq <= self._places.get(job_id, -1):
+                return
+            self._places[job_id] = seq
+        text = str(data.get("text") or "")
+        self.texts[job_id] = self.texts.get(job_id, "") + text
+        yield Text(job_id, text, data.get("delta"))
 
     def _read_position(self, data: Mapping[str, Any]) -> Position:
         wait_s = data.get("wait_s") or {}

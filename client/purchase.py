@@ -15,7 +15,7 @@ from typing import Any
 
 from client.answers import Info, Invoice, Purchase, Quote, job_list
 from client.credentials import Credential
-from client.errors import BadRequest, FeeOverLimit, NotQueued, NoWallet, WrongQuote
+from client.errors import BadRequest, FeeOverLimit, NotQueued, NoWallet, RouterRefused, WrongQuote
 from client.events import InvoiceDue, Paid, Quoted
 from client.exchange import Emit, Flow, Patience, Request, Wait, ask, send
 from client.paying import check_invoice, pay_invoice
@@ -80,7 +80,12 @@ def make_quote(
             raise BadRequest(f"this router has no {kind} model", code="unknown_model")
         body = {**body, "model": model.id}
     headers = terms.headers() | (credential.headers() if credential else {})
-    raw = yield from ask(Request("POST", "/quotes", body, headers), patience=patience)
+    try:
+        raw = yield from ask(Request("POST", "/quotes", body, headers), patience=patience)
+    except RouterRefused as error:
+        if error.code == "fee_too_high":
+            raise FeeOverLimit(error.message, status=error.status, facts=error.facts) from error
+        raise
     return Quote.from_json(raw)
 
 

@@ -216,7 +216,8 @@ class Client:
         """Pay into the client's own key, or into a new account whose key comes back."""
         return self.driver.run(self._core.top_up(amount_msat))
 
-    def rotate(self, payment_hash: str, credential: Credential) -> ApiKey:
+    def rotate(self, payment_hash: str, credential: Credential | None = None) -> ApiKey:
+        """A new key for the account of a top-up, shown this once; the old one is dead."""
         return self.driver.run(self._core.rotate(payment_hash, credential))
 
     def keys(self, credential: Credential | None = None) -> list[Mapping[str, Any]]:

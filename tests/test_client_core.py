@@ -15,7 +15,7 @@ from client.challenge import (
 )
 from client.credentials import L402, ApiKey, ClaimToken, parse_credential
 from client.errors import NotQueued, UnexpectedAnswer, refusal
-from client.events import Ended, Position, Restarted, StateChanged, Text
+from client.events import Ended, Position, Restarted, StateChanged
 from client.exchange import Answer, Patience, is_worth_repeating
 from client.following import Tracker
 from client.sse import EventParser, ServerEvent
@@ -225,12 +225,21 @@ def server_event(name: str, event_id: str = "", **data: object) -> ServerEvent:
     return ServerEvent(name, text, event_id)
 
 
-def test_an_event_that_was_seen_is_not_told_again():
+def test_a_chunk_that_was_seen_is_not_told_again():
     tracker = Tracker(1)
-    first = list(tracker.take(server_event("chunk", "1", job="a", text="x")))
-    again = list(tracker.take(server_event("chunk", "1", job="a", text="x")))
-    assert (first, again) == ([Text("a", "x")], [])
-    assert tracker.texts == {"a": "x"}
+    chunks = [("a", 1, "x"), ("a", 1, "x"), ("b", 1, "z"), ("a", 2, "y")]
+    for job, seq, text in chunks:
+        list(tracker.take(server_event("chunk", f"{job}{seq}", job=job, seq=seq, text=text)))
+    assert tracker.texts == {"a": "xy", "b": "z"}
+    assert tracker.last_id == "a2"
+
+
+def test_events_that_share_the_place_of_a_chunk_are_told():
+    """A state or an end comes at the place where the text before it ended."""
+    tracker = Tracker(1)
+    list(tracker.take(server_event("chunk", "5", job="a", seq=5, text="hello")))
+    done = server_event("done", "5", seq=5, job={"id": "a", "state": "succeeded"})
+    assert [type(event) for event in tracker.take(done)] == [Ended]
 
 
 def test_a_job_that_starts_anew_takes_its_shown_text_back():
