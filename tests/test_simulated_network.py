@@ -455,10 +455,26 @@ async def test_a_body_too_large_is_a_400(web: httpx.AsyncClient) -> None:
     assert answer.status_code == 400
 
 
-@pytest.mark.parametrize("after", ["-1", "x", "1e3", "9" * 30])
-async def test_a_stream_after_nonsense_is_a_400(web: httpx.AsyncClient, after: str) -> None:
+@pytest.mark.parametrize("after", ["-1", "x", "5", "a" * 16 + "-", "a" * 16 + "-" + "9" * 30])
+async def test_a_stream_after_nonsense_is_refused(web: httpx.AsyncClient, after: str) -> None:
     answer = await web.get("/v1/wallets/router/settlements", params={"after": after})
-    assert answer.status_code == 400
+    assert answer.status_code == 409
+    assert answer.json()["reason"] == "malformed"
+
+
+async def test_a_cursor_of_a_network_that_was_deleted_replays_the_new_one(
+    network: Network, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Or a router that keeps its books over a fresh network would hear of nothing for long."""
+    for _ in range(3):
+        await pay(network, await invoice_of(network, "router"), wallet="payer")
+    old = (await network.received("router"))[-1]
+    fresh = await Network.open(tmp_path_factory.mktemp("fresh"))
+    await pay(fresh, await invoice_of(fresh, "router"), wallet="payer")
+    async with asyncio.timeout(SOON_S):
+        first = await anext(aiter(fresh.settlements("router", old.cursor)))
+    assert first == (await fresh.received("router"))[0]
+    await fresh.aclose()
 
 
 async def test_a_stream_of_nobody_is_refused(web: httpx.AsyncClient) -> None:

@@ -15,6 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
+import uvloop
+
 from billing.lightning.simulated.network import Network, NetworkInUse
 from billing.lightning.simulated.serving import DEFAULT_PORT, NetworkServer
 
@@ -29,7 +31,7 @@ def main() -> int:
     # Scripted faults cut connections on purpose, which uvicorn takes for errors of ours.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     try:
-        asyncio.run(_serve(options))
+        uvloop.run(_serve(options))
     except (NetworkInUse, OSError) as error:
         print(f"the simulated Lightning network cannot start: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from hashlib import sha256
 from typing import Any
 
 from billing.lightning import (
-    BackendRejected,
     Capabilities,
     Invoice,
     InvoiceState,
@@ -114,7 +113,7 @@ class SimulatedBackend:
             state=state,
             amount_received_msat=answer["amount_received_msat"],
             settled_at=_time(answer["settled_at_s"]),
-            cursor=str(answer["settle_index"]),
+            cursor=answer["cursor"],
         )
 
     async def cancel_invoice(self, payment_hash: str) -> bool:
@@ -122,13 +121,14 @@ class SimulatedBackend:
         return answer["canceled"] is True
 
     async def settlements(self, cursor: str | None) -> AsyncIterator[Settlement]:
-        """None replays everything from the network's beginning."""
-        async for answer in self._transport.settlements(self._wallet, _index(cursor)):
+        """None, or a cursor of another node, replays everything from the node's beginning."""
+        async for values in self._transport.settlements(self._wallet, cursor):
+            answer = _Answer("settlements", values)
             yield Settlement(
                 payment_hash=answer["payment_hash"],
                 amount_received_msat=answer["amount_received_msat"],
                 settled_at=_time(answer["settled_at_s"]),
-                cursor=str(answer["settle_index"]),
+                cursor=answer["cursor"],
             )
 
     async def worst_case_fee_msat(self, amount_msat: int) -> int | None:
@@ -207,16 +207,6 @@ def _payment_status(payment_hash: str, answer: _Answer) -> PaymentStatus:
         amount_msat=answer["amount_msat"],
         fee_msat=answer["fee_msat"],
     )
-
-
-def _index(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    if not cursor.isascii() or not cursor.isdigit():
-        raise BackendRejected(
-            NAME, "settlements", "not a cursor of this back end", reason="malformed"
-        )
-    return int(cursor)
 
 
 def _time(seconds: float) -> datetime:

@@ -9,6 +9,7 @@ A preimage leaves this module by one door: `settle`, which hands it to whoever p
 
 from __future__ import annotations
 
+import re
 import secrets
 import sqlite3
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from billing.lightning.simulated.wallets import Refused
 
 PREFIX = "bcrt"
 EXPIRY_MAX_S = 31_536_000
+_NODE_CHARS = 16  # of the public key, in a cursor
+_CURSOR = re.compile(r"([0-9a-f]{16})-([0-9]{1,15})")
 
 INVOICE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS invoice (
@@ -43,6 +46,12 @@ CREATE TABLE IF NOT EXISTS invoice (
 """
 
 
+_SELECT = (
+    "SELECT invoice.*, wallet.pubkey AS node"
+    " FROM invoice JOIN wallet ON wallet.name = invoice.wallet "
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Settled:
     """A note for those who listen: this wallet has a settlement more."""
@@ -63,7 +72,7 @@ class InvoiceRecord:
     state: str  # open, held, settled, canceled or expired
     amount_received_msat: int
     settled_at_s: float | None
-    settle_index: int | None
+    cursor: str | None  # the settlement's place among those of its node
 
 
 def create(
@@ -87,7 +96,7 @@ def create(
         raise Refused("malformed", f"an invoice lasts between 1 s and {EXPIRY_MAX_S} s")
     if idempotency_key is not None:
         row = transaction.row(
-            "SELECT * FROM invoice WHERE wallet = ? AND idempotency_key = ?",
+            _SELECT + "WHERE wallet = ? AND idempotency_key = ?",
             wallet,
             idempotency_key,
         )
@@ -132,9 +141,7 @@ def lookup(
     transaction: Transaction, wallet: str, payment_hash: str, *, now_s: float
 ) -> InvoiceRecord | None:
     """None when this wallet has no such invoice."""
-    row = transaction.row(
-        "SELECT * FROM invoice WHERE payment_hash = ? AND wallet = ?", payment_hash, wallet
-    )
+    row = transaction.row(_SELECT + "WHERE payment_hash = ? AND wallet = ?", payment_hash, wallet)
     return None if row is None else _record(row, now_s)
 
 
@@ -210,12 +217,27 @@ def settle(transaction: Transaction, payment_hash: str, amount_msat: int, *, now
     return row["preimage"].hex()
 
 
+def index_of(transaction: Transaction, wallet: str, cursor: str | None) -> int:
+    """The settlement index that a cursor stands for; 0, from the beginning, for None.
+
+    A cursor names its node. One of another node, or of one whose data were deleted, means that the
+    caller knows nothing of this one. Raises Refused for what is no cursor.
+    """
+    node = wallets.find(transaction, wallet).pubkey
+    if cursor is None:
+        return 0
+    match = _CURSOR.fullmatch(cursor)
+    if match is None:
+        raise Refused("malformed", "not a cursor of the simulated network")
+    return int(match[2]) if match[1] == node[:_NODE_CHARS] else 0
+
+
 def settled_after(
     transaction: Transaction, wallet: str, settle_index: int, *, now_s: float, limit: int = 100
 ) -> list[InvoiceRecord]:
     """Settlements in order, strictly after an index."""
     rows = transaction.rows(
-        "SELECT * FROM invoice WHERE wallet = ? AND settle_index > ? ORDER BY settle_index LIMIT ?",
+        _SELECT + "WHERE wallet = ? AND settle_index > ? ORDER BY settle_index LIMIT ?",
         wallet,
         settle_index,
         limit,
@@ -225,7 +247,7 @@ def settled_after(
 
 def _record(row: sqlite3.Row, now_s: float) -> InvoiceRecord:
     expires_at_s = row["created_at_s"] + row["expiry_s"]
-    state = row["state"]
+    state, index = row["state"], row["settle_index"]
     return InvoiceRecord(
         payment_hash=row["payment_hash"],
         bolt11=row["bolt11"],
@@ -236,5 +258,5 @@ def _record(row: sqlite3.Row, now_s: float) -> InvoiceRecord:
         state="expired" if state == "open" and now_s >= expires_at_s else state,
         amount_received_msat=row["amount_received_msat"],
         settled_at_s=row["settled_at_s"],
-        settle_index=row["settle_index"],
+        cursor=None if index is None else f"{row['node'][:_NODE_CHARS]}-{index}",
     )

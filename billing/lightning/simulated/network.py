@@ -183,9 +183,8 @@ class Network:
 
         return await self._call(wallet, "lookup_payment", act)
 
-    async def settlements(self, wallet: str, settle_index: int) -> AsyncIterator[InvoiceRecord]:
-        """What the wallet was paid after that index, then what it is paid, for ever."""
-        await self._store.run(lambda tx: wallets.find(tx, wallet))
+    async def settlements(self, wallet: str, cursor: str | None) -> AsyncIterator[InvoiceRecord]:
+        """What the wallet was paid after that cursor, then what it is paid, for ever."""
         taken = await self._take(wallet, "settlements", None)
         if taken.drop is FaultKind.DROP_BEFORE:
             raise ConnectionDropped
@@ -194,10 +193,9 @@ class Network:
         while True:
             # The event is taken before the look, so that nothing falls between the two.
             more = self._settled.setdefault(wallet, asyncio.Event())
-            found = await self._store.run(self._settled_after(wallet, settle_index))
+            found = await self._store.run(self._settled_after(wallet, cursor))
             for record in found:
-                assert record.settle_index is not None
-                settle_index = record.settle_index
+                cursor = record.cursor
                 yield record
                 if taken.drop is FaultKind.DROP_AFTER:
                     raise ConnectionDropped
@@ -245,7 +243,7 @@ class Network:
 
     async def received(self, wallet: str, *, limit: int = 1000) -> list[InvoiceRecord]:
         """The first `limit` settlements."""
-        return await self._store.run(self._settled_after(wallet, 0, limit=limit))
+        return await self._store.run(self._settled_after(wallet, None, limit=limit))
 
     async def audit(self) -> Audit:
         return await self._store.run(wallets.audit)
@@ -255,11 +253,15 @@ class Network:
         await self._store.run(lambda tx: payments.run_due(tx, self._clock()))
 
     def _settled_after(
-        self, wallet: str, settle_index: int, limit: int = 100
+        self, wallet: str, cursor: str | None, limit: int = 100
     ) -> Callable[[Transaction], list[InvoiceRecord]]:
-        return lambda tx: invoices.settled_after(
-            tx, wallet, settle_index, now_s=self._clock(), limit=limit
-        )
+        def act(transaction: Transaction) -> list[InvoiceRecord]:
+            index = invoices.index_of(transaction, wallet, cursor)
+            return invoices.settled_after(
+                transaction, wallet, index, now_s=self._clock(), limit=limit
+            )
+
+        return act
 
     async def _call(self, wallet: str, operation: str, act: Callable[[Transaction], T]) -> T:
         taken = await self._take(wallet, operation, None)

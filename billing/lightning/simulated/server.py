@@ -8,7 +8,8 @@
     POST /v1/wallets/{wallet}/{operation}         node_info, balance, create_invoice,
                                                   lookup_invoice, cancel_invoice, pay_invoice,
                                                   lookup_payment: a node's own interface
-    GET  /v1/wallets/{wallet}/settlements?after=N a line of JSON for each, for ever; an empty
+    GET  /v1/wallets/{wallet}/settlements?after=CURSOR
+                                                  a line of JSON for each, for ever; an empty
                                                   line every 15 s
     POST /v1/pay                                  {invoice}: the payer pays, and gets the preimage
     GET, POST, DELETE /v1/faults                  the script of faults
@@ -166,10 +167,7 @@ class NetworkApp:
     async def _stream(
         self, wallet: str, query: Mapping[str, str], receive: Receive, send: Send
     ) -> None:
-        after = query.get("after", "0")
-        if not after.isascii() or not after.isdigit() or len(after) > 18:
-            raise Malformed("after must be a settlement index")
-        records = self._network.settlements(wallet, int(after))
+        records = self._network.settlements(wallet, query.get("after"))
         gone = asyncio.ensure_future(_disconnected(receive))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:

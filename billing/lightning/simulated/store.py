@@ -60,7 +60,8 @@ class Store:
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.executescript(schema)
+        # In one transaction: a flush for each table would be felt at every start.
+        self._connection.executescript(f"BEGIN; {schema} COMMIT;")
         self._thread = threading.Thread(target=self._work, name="simulated-lightning", daemon=True)
         self._thread.start()
 

@@ -44,7 +44,7 @@ class Transport(Protocol):
         """The answer of the wallet's node. `timeout_s` is what the operation itself may last."""
         ...
 
-    def settlements(self, wallet: str, settle_index: int) -> AsyncIterator[dict[str, Any]]: ...
+    def settlements(self, wallet: str, cursor: str | None) -> AsyncIterator[dict[str, Any]]: ...
 
     async def aclose(self) -> None: ...
 
@@ -99,9 +99,9 @@ class InProcess:
         except sqlite3.Error as error:
             raise _unknown(operation, "the network's database failed", str(error)) from None
 
-    async def settlements(self, wallet: str, settle_index: int) -> AsyncIterator[dict[str, Any]]:
+    async def settlements(self, wallet: str, cursor: str | None) -> AsyncIterator[dict[str, Any]]:
         try:
-            async for record in self._network.settlements(wallet, settle_index):
+            async for record in self._network.settlements(wallet, cursor):
                 yield asdict(record)
         except Refused as error:
             raise _rejected("settlements", str(error), error.reason) from None
@@ -160,13 +160,13 @@ class Http:
         _raise_for(operation, response.status_code, answer)
         return answer
 
-    async def settlements(self, wallet: str, settle_index: int) -> AsyncIterator[dict[str, Any]]:
+    async def settlements(self, wallet: str, cursor: str | None) -> AsyncIterator[dict[str, Any]]:
         timeout = httpx.Timeout(_STREAM_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         try:
             async with self._client.stream(
                 "GET",
                 f"/v1/wallets/{wallet}/settlements",
-                params={"after": settle_index},
+                params={} if cursor is None else {"after": cursor},
                 timeout=timeout,
             ) as response:
                 if response.status_code != 200:
