@@ -149,11 +149,7 @@ class SimulatedRig:
                 await self.network.fund("router", -wallet.balance_msat)
 
     async def left_msat(self, payment_hash: str) -> int:
-        return sum(
-            payment.amount_msat
-            for payment in await self.network.paid_out("router")
-            if payment.payment_hash == payment_hash and payment.state == "succeeded"
-        )
+        return await self.network.left_msat("router", payment_hash)
 
 
 @pytest.fixture(params=["simulated in process", "simulated over HTTP"])

@@ -4,9 +4,12 @@ its limits. What it shares with real nodes is in test_lightning_backends."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from hashlib import sha256
@@ -127,6 +130,53 @@ async def test_a_wallet_pays_no_more_than_it_holds(network: Network) -> None:
 async def test_money_that_is_not_there_cannot_be_taken_away(network: Network) -> None:
     with pytest.raises(Refused):
         await network.fund("worker", -1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_no_money_appears_or_disappears(
+    tmp_path: Path, clock: Clock, seed: int
+) -> None:
+    """The oracle of other tests has to be right itself: at random, with faults and restarts."""
+    choose = random.Random(seed)
+    network = await Network.open(tmp_path, clock=clock)
+    await network.ensure_wallet("worker")
+    asked: list[str] = []
+    for _ in range(150):
+        known = choose.choice(asked) if asked else await invoice_of(network)
+        payment_hash = bolt11_codec.decode(known).payment_hash
+        match choose.randrange(8):
+            case 0 | 1:
+                asked.append(await invoice_of(network, "worker", choose.randrange(1, 10**6)))
+            case 2 | 3:
+                if choose.random() < 0.7:
+                    kind = choose.choice(list(FaultKind))
+                    await network.script(Fault(kind, delay_s=choose.choice([5, 500, 1000])))
+                with contextlib.suppress(Refused, ConnectionDropped):
+                    await pay(network, known, wallet=choose.choice(["router", "router", "payer"]))
+            case 4:
+                await network.resolve(payment_hash, settle=choose.random() < 0.5)
+            case 5:
+                await network.forget("router", payment_hash)
+            case 6:
+                clock.now_s += choose.choice([1, 10, 300])
+                await network.run_due()
+            case 7:
+                await network.cancel_invoice("worker", payment_hash)
+                await network.aclose()
+                network = await Network.open(tmp_path, clock=clock)
+        assert (await network.audit()).balances
+    received = {record.payment_hash: record for record in await network.received("worker")}
+    for bolt11 in asked:
+        invoice = bolt11_codec.decode(bolt11)
+        left_msat = [
+            await network.left_msat(wallet, invoice.payment_hash) for wallet in ("router", "payer")
+        ]
+        if invoice.payment_hash in received:
+            assert sorted(left_msat) == [0, invoice.amount_msat]
+        else:
+            assert left_msat == [0, 0]
+    assert len(received) > 5
+    await network.aclose()
 
 
 # Invoices
@@ -326,6 +376,16 @@ def test_a_back_end_is_found_by_name() -> None:
     backend = connect("simulated", url="http://127.0.0.1:9740")
     assert backend.name == "simulated"
     assert backend.capabilities.push == "cursor"
+
+
+def test_asking_for_connect_imports_no_back_end() -> None:
+    """An operator with one node needs the dependencies of that one only."""
+    script = (
+        "import sys, billing.lightning.connect\n"
+        "print([name for name in sys.modules if name.startswith('billing.lightning.')])"
+    )
+    output = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert output.strip() == "['billing.lightning.connect']"
 
 
 def test_an_unknown_back_end_is_named_beside_the_known_ones() -> None:

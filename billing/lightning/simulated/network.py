@@ -241,6 +241,10 @@ class Network:
         """Every attempt to pay, newest first, those its node has forgotten too."""
         return await self._store.run(lambda tx: payments.history(tx, wallet, limit=limit))
 
+    async def left_msat(self, wallet: str, payment_hash: str) -> int:
+        """What a wallet has paid for that hash, fees not counted, whatever its node remembers."""
+        return await self._store.run(lambda tx: payments.left_msat(tx, wallet, payment_hash))
+
     async def received(self, wallet: str, *, limit: int = 1000) -> list[InvoiceRecord]:
         """The first `limit` settlements."""
         return await self._store.run(self._settled_after(wallet, None, limit=limit))

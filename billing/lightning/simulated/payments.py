@@ -222,6 +222,18 @@ def history(transaction: Transaction, wallet: str, *, limit: int) -> list[Paymen
     return [_record(row) for row in rows]
 
 
+def left_msat(transaction: Transaction, wallet: str, payment_hash: str) -> int:
+    """What has left the wallet for good for that hash, without fees, forgotten or not."""
+    row = transaction.row(
+        "SELECT coalesce(sum(amount_msat), 0) AS left FROM payment"
+        " WHERE wallet = ? AND payment_hash = ? AND state = 'succeeded'",
+        wallet,
+        payment_hash,
+    )
+    assert row is not None
+    return row["left"]
+
+
 def _amount_to_pay(invoice: DecodedInvoice, now_s: float) -> int:
     if invoice.prefix != invoices.PREFIX:
         raise Refused("wrong_network", "the simulated network pays regtest invoices only")

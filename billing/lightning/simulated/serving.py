@@ -42,6 +42,8 @@ class NetworkServer:
                 lifespan="off",
                 ws="none",
                 access_log=False,
+                date_header=False,
+                server_header=False,
                 log_config=None,
                 log_level=None,
                 timeout_keep_alive=_KEEP_ALIVE_S,
@@ -65,7 +67,7 @@ class NetworkServer:
             self._socket.close()
             return
         self._app.stop()
-        self._server.should_exit = True
+        self._server.stopping.set()
         await self._serving
 
 
@@ -75,6 +77,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self.stopping = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -83,3 +86,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        # The one we replace wakes ten times a second, for headers and limits that are off here.
+        await self.stopping.wait()
