@@ -43,6 +43,12 @@ def http_json(value: object, status: int = 200) -> bytes:
     return http(status, json.dumps(value), Content_Type="application/json")
 
 
+async def silence(request: Request) -> AsyncIterator[bytes]:
+    """The answer of a server that takes a request and never says a word."""
+    await asyncio.Event().wait()
+    yield b""
+
+
 @dataclass
 class Loopback:
     """`async with Loopback(answer) as server:`; what it was asked is in `requests`."""

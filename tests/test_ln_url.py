@@ -135,6 +135,7 @@ def test_every_single_typing_error_in_an_lnurl_is_noticed():
         ("lnurl1", "bad_lnurl"),
         ("lnurl1qqqqqq", "bad_lnurl"),
         ("lnurl1" + "q" * 3000, "bad_lnurl"),
+        (encode(b"https://example.com/" + b"x" * 1300), "bad_lnurl"),  # over 2000 characters
         (encode(b"\xff\xfe"), "bad_lnurl"),
         (encode(b""), "not_understood"),
         (encode(b"worker@example.com"), "not_understood"),
