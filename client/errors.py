@@ -16,7 +16,7 @@
         ├── NotAllowed         401, 403
         ├── PaymentNeeded      402; `facts` may hold balance, fee, invoice
         ├── Conflict           409: an Idempotency-Key with another body, a job that has moved on
-        ├── Wiped              410: the answer was deleted
+        ├── Gone               410: the quote has expired, or the answer was deleted
         ├── TooManyRequests    429; `retry_after_s`
         └── Unavailable        5xx
 
@@ -122,8 +122,8 @@ class Conflict(RouterRefused):
     code = "conflict"
 
 
-class Wiped(RouterRefused):
-    code = "wiped"
+class Gone(RouterRefused):
+    code = "gone"
 
 
 class TooManyRequests(RouterRefused):
@@ -139,7 +139,7 @@ _BY_STATUS: dict[int, type[RouterRefused]] = {
     402: PaymentNeeded,
     403: NotAllowed,
     409: Conflict,
-    410: Wiped,
+    410: Gone,
     429: TooManyRequests,
 }
 

@@ -25,6 +25,8 @@ from client.errors import RouterRefused, UnexpectedAnswer, Unreachable, refusal
 T = TypeVar("T")
 
 LONGEST_RETRY_AFTER_S = 30.0
+# Facts about workers and operators, which a caller wants to know now, whatever Retry-After says.
+LASTING = frozenset({"no_worker", "max_wait", "paused"})
 
 
 class ConnectionLost(Exception):
@@ -61,6 +63,13 @@ class Answer:
     def refusal(self) -> RouterRefused:
         """The error that a status of 400 and above stands for."""
         return refusal(self.status, self._json_or_none(), retry_after_s=self.retry_after_s)
+
+    def error_code(self) -> str | None:
+        """The `code` that the router gave with an error; None when there is none."""
+        body = self._json_or_none()
+        error = body.get("error") if isinstance(body, dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
+        return code if isinstance(code, str) else None
 
     @property
     def retry_after_s(self) -> float | None:
@@ -175,12 +184,13 @@ def ask(request: Request, *, patience: Patience, repeatable: bool = True) -> Flo
 def is_worth_repeating(answer: Answer, *, repeatable: bool) -> bool:
     """Whether the same request may soon be answered otherwise, and repeating it does no harm."""
     asked_s = answer.retry_after_s
+    soon = asked_s is not None and asked_s <= LONGEST_RETRY_AFTER_S
     if answer.status == 429:
-        return asked_s is not None and asked_s <= LONGEST_RETRY_AFTER_S
+        return soon
     if answer.status == 503:
-        # Without Retry-After it is a fact about workers, not a passing trouble of the router.
-        return repeatable and asked_s is not None and asked_s <= LONGEST_RETRY_AFTER_S
-    return repeatable and answer.status in (502, 504)
+        return repeatable and soon and answer.error_code() not in LASTING
+    # With a code it is the router that speaks, and not a proxy in front of it.
+    return repeatable and answer.status in (502, 504) and answer.error_code() is None
 
 
 def _asked_wait_s(answer: Answer | None) -> float:

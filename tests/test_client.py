@@ -133,6 +133,16 @@ async def test_a_fee_over_the_limit_is_refused_before_an_invoice_exists(either, 
     assert either.wallet.paid == []
 
 
+async def test_a_limit_that_the_router_sees_first_is_the_same_error(either, server):
+    """The router knows the limit too, and refuses before it stores a quote."""
+    facts = {"fee_msat": 2000, "max_fee_msat": 1009}
+    refused = {"error": {"code": "fee_too_high", "message": "over your limit", **facts}}
+    server.faults.answers["/quotes"] = [(400, {}, refused)]
+    with pytest.raises(FeeOverLimit) as raised:
+        await either.do("run", PROMPT, model="stand-in", max_fee_msat=1009)
+    assert raised.value.facts == facts
+
+
 async def test_a_fee_at_the_limit_is_paid(either):
     completion = await either.do(
         "run", PROMPT, model="stand-in", max_tokens=15, max_fee_msat=OFFER_MSAT

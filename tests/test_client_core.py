@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_what_is_no_credential_is_refused_without_repeating_it(text: str):
         (403, errors.NotAllowed),
         (404, errors.BadRequest),
         (409, errors.Conflict),
-        (410, errors.Wiped),
+        (410, errors.Gone),
         (413, errors.BadRequest),
         (429, errors.TooManyRequests),
         (500, errors.Unavailable),
@@ -188,8 +189,9 @@ def test_a_refusal_of_unknown_shape_keeps_the_class_code(body):
     assert "402" in str(error)
 
 
-def answer(status: int, retry_after: str | None = None) -> Answer:
-    return Answer(status, {"retry-after": retry_after} if retry_after else {})
+def answer(status: int, retry_after: str | None = None, code: str | None = None) -> Answer:
+    body = json.dumps({"error": {"code": code}}).encode() if code else b"<html>"
+    return Answer(status, {"retry-after": retry_after} if retry_after else {}, body)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,10 @@ def answer(status: int, retry_after: str | None = None) -> Answer:
         (answer(503), True, False),
         (answer(503, "2"), True, True),
         (answer(503, "2"), False, False),
+        (answer(503, "5", "draining"), True, True),
+        (answer(503, "30", "no_worker"), True, False),
+        (answer(503, "5", "paused"), True, False),
+        (answer(502, None, "job_failed"), True, False),
         (answer(429, "2"), False, True),
         (answer(429, "3600"), True, False),
         (answer(429), True, False),

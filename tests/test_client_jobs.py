@@ -111,7 +111,7 @@ async def test_too_many_requests_are_slowed_down(server):
 
 async def test_no_worker_is_told_at_once(either, server):
     refused = {"error": {"code": "no_worker", "message": "nobody serves it", "model": "x"}}
-    server.faults.answers["/quotes"] = [(503, {}, refused)]
+    server.faults.answers["/quotes"] = [(503, {"Retry-After": "30"}, refused)]
     with pytest.raises(Unavailable) as raised:
         await either.do("run", PROMPT, model="x")
     assert (raised.value.code, raised.value.facts) == ("no_worker", {"model": "x"})
