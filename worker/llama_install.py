@@ -38,15 +38,18 @@ TOLD_EVERY_S = 10
 LAST_LINES = 30
 
 # What pip and the build back end say when a part of the work begins.
-PHASES = (
-    ("Collecting llama-cpp-python", "looking for the source"),
-    ("Downloading llama_cpp_python", "downloading the source, 77 MB"),
-    ("Using cached llama_cpp_python", "taking it from pip's cache"),
-    ("Installing build dependencies", "fetching build tools"),
-    ("*** Configuring CMake", "configuring"),
-    ("*** Building project", "compiling"),
-    ("*** Installing project", "packing"),
-    ("Installing collected packages", "installing"),
+PHASES = tuple(
+    (re.compile(sign), phase)
+    for sign, phase in (
+        (r"Collecting llama-cpp-python", "looking for the source"),
+        (r"\s*Downloading llama_cpp_python", "downloading the source, 77 MB"),
+        (r"\s*Using cached llama_cpp_python", "taking it from pip's cache"),
+        (r"\s*Installing build dependencies: started", "fetching build tools"),
+        (r"\s*\*\*\* Configuring CMake", "configuring"),
+        (r"\s*\*\*\* Building project", "compiling"),
+        (r"\s*\*\*\* Installing project", "packing"),
+        (r"Installing collected packages:.*llama", "installing"),
+    )
 )
 
 
@@ -68,7 +71,7 @@ class Progress:
             self.phase, self.step, self.steps = "compiling", int(found[1]), int(found[2])
             return True
         for sign, phase in PHASES:
-            if line.strip().startswith(sign) and phase != self.phase:
+            if phase != self.phase and sign.match(line):
                 self.phase, self.step, self.steps = phase, 0, 0
                 return True
         return False
