@@ -7,12 +7,9 @@ make things go wrong. The rules are those of `billing.lightning`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
-from itertools import count
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 from coincurve import PrivateKey
@@ -23,133 +20,23 @@ from billing.lightning import (
     BackendUnavailable,
     Invoice,
     InvoiceState,
-    LightningBackend,
     OutcomeUnknown,
     PaymentState,
-    PaymentStatus,
     Settlement,
 )
-from billing.lightning.simulated import transport
-from billing.lightning.simulated.backend import SimulatedBackend
-from billing.lightning.simulated.faults import Fault, FaultKind
-from billing.lightning.simulated.network import Network
-from billing.lightning.simulated.serving import NetworkServer
-
-ENOUGH_FEE_MSAT = 1_000_000
-SOON_S = 5.0
-
-
-class Rig(Protocol):
-    """A node under test, and its surroundings."""
-
-    backend: LightningBackend
-
-    async def pay_us(self, bolt11: str) -> str:
-        """Somebody pays our invoice: the preimage they get. Raises BackendRejected if refused."""
-        ...
-
-    async def their_invoice(self, amount_msat: int, *, expiry_s: int = 600) -> str:
-        """An invoice of somebody whom our node can reach."""
-        ...
-
-    async def go_wrong(self, kind: FaultKind, operation: str, *, delay_s: float = 0.0) -> None:
-        """The next call of that operation at our node."""
-        ...
-
-    async def resolve(self, payment_hash: str, *, settle: bool) -> None:
-        """Their node takes the HTLC that it holds, or gives it back."""
-        ...
-
-    async def delete_history(self, payment_hash: str) -> None: ...
-
-    async def pass_time(self, seconds: float) -> None:
-        """For the nodes; not for this process."""
-        ...
-
-    async def drain(self) -> None:
-        """Leave our node with nothing to pay from."""
-        ...
-
-    async def restart(self) -> None:
-        """Stop our node without ceremony, and start it again with what it had on its disk."""
-        ...
-
-    async def left_msat(self, payment_hash: str) -> int:
-        """What left our node for that hash, fees not counted: the truth, whatever the node says."""
-        ...
-
-
-class SimulatedRig:
-    """A simulated network on disk, reached in process or over HTTP."""
-
-    def __init__(self, data_dir: Path, *, over_http: bool) -> None:
-        self._data_dir = data_dir
-        self._over_http = over_http
-        self._later_s = 0.0
-        self._port = 0
-        self._server: NetworkServer | None = None
-        self.network: Network
-        self.backend: LightningBackend
-
-    def _clock(self) -> float:
-        return datetime.now(UTC).timestamp() + self._later_s
-
-    async def start(self) -> None:
-        self.network = await Network.open(self._data_dir, clock=self._clock)
-        await self.network.ensure_wallet("worker")
-        if self._over_http:
-            self._server = NetworkServer(self.network, port=self._port)
-            await self._server.start()
-            self._port = int(self._server.url.rpartition(":")[2])
-            self.backend = SimulatedBackend.over_http(self._server.url)
-        else:
-            self.backend = SimulatedBackend.in_process(self.network)
-
-    async def stop(self) -> None:
-        await self.backend.aclose()
-        if self._server is not None:
-            await self._server.stop()
-        await self.network.aclose()
-
-    async def restart(self) -> None:
-        await self.stop()
-        await self.start()
-
-    async def pay_us(self, bolt11: str) -> str:
-        payer = SimulatedBackend.in_process(self.network, wallet="payer")
-        status = await payer.pay_invoice(
-            bolt11, max_fee_msat=10**9, timeout_s=SOON_S, max_cltv_blocks=None
-        )
-        if status.preimage is None:
-            raise BackendRejected("payer", "pay_invoice", status.failure_code or "failed")
-        return status.preimage
-
-    async def their_invoice(self, amount_msat: int, *, expiry_s: int = 600) -> str:
-        invoice = await self.network.create_invoice(
-            "worker", amount_msat=amount_msat, description="payout", expiry_s=expiry_s
-        )
-        return invoice.bolt11
-
-    async def go_wrong(self, kind: FaultKind, operation: str, *, delay_s: float = 0.0) -> None:
-        await self.network.script(Fault(kind, operation, delay_s=delay_s))
-
-    async def resolve(self, payment_hash: str, *, settle: bool) -> None:
-        assert await self.network.resolve(payment_hash, settle=settle) == 1
-
-    async def delete_history(self, payment_hash: str) -> None:
-        assert await self.network.forget("router", payment_hash) >= 1
-
-    async def pass_time(self, seconds: float) -> None:
-        self._later_s += seconds
-        await self.network.run_due()
-
-    async def drain(self) -> None:
-        for wallet in await self.network.wallets():
-            if wallet.name == "router":
-                await self.network.fund("router", -wallet.balance_msat)
-
-    async def left_msat(self, payment_hash: str) -> int:
-        return await self.network.left_msat("router", payment_hash)
+from billing.lightning.simulated.faults import FaultKind
+from tests.lightning_rig import (
+    ENOUGH_FEE_MSAT,
+    SOON_S,
+    Rig,
+    SimulatedRig,
+    answers,
+    ask,
+    hash_of,
+    pay,
+    take,
+    until,
+)
 
 
 @pytest.fixture(params=["simulated in process", "simulated over HTTP"])
@@ -160,53 +47,6 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
     # Whatever a test has done to the nodes, no money may have come from nowhere or gone there.
     assert (await rig.network.audit()).balances
     await rig.stop()
-
-
-KEYS = count()
-
-
-async def ask(rig: Rig, amount_msat: int = 21_000, *, expiry_s: int = 600) -> Invoice:
-    return await rig.backend.create_invoice(
-        amount_msat=amount_msat,
-        description="a prompt",
-        expiry_s=expiry_s,
-        idempotency_key=f"quote-{next(KEYS)}",
-    )
-
-
-async def pay(rig: Rig, bolt11: str, *, timeout_s: float = SOON_S) -> PaymentStatus:
-    return await rig.backend.pay_invoice(
-        bolt11, max_fee_msat=ENOUGH_FEE_MSAT, timeout_s=timeout_s, max_cltv_blocks=None
-    )
-
-
-def hash_of(bolt11: str) -> str:
-    return bolt11_codec.decode(bolt11).payment_hash
-
-
-def answers(preimage: str | None, payment_hash: str) -> bool:
-    return preimage is not None and sha256(bytes.fromhex(preimage)).hexdigest() == payment_hash
-
-
-async def until(look: Callable[[], Awaitable[PaymentStatus]], state: PaymentState) -> PaymentStatus:
-    """Look again until it is so: a node's end of a payment cannot be waited for otherwise."""
-    async with asyncio.timeout(SOON_S):
-        while (status := await look()).state is not state:
-            await asyncio.sleep(0.01)
-        return status
-
-
-async def take(rig: Rig, cursor: str | None, wanted: int) -> list[Settlement]:
-    """That many settlements after a cursor, then hang up."""
-    taken: list[Settlement] = []
-    stream = rig.backend.settlements(cursor)
-    async with asyncio.timeout(SOON_S):
-        async for settlement in stream:
-            taken.append(settlement)
-            if len(taken) == wanted:
-                break
-    await stream.aclose()  # type: ignore[attr-defined]
-    return taken
 
 
 # The node
@@ -668,71 +508,3 @@ async def test_a_restarted_node_knows_what_it_knew(rig: Rig) -> None:
     await rig.pay_us(open_still.bolt11)
     [second] = await take(rig, first.cursor, 1)
     assert second.payment_hash == open_still.payment_hash
-
-
-# Over a network only
-
-
-@pytest.fixture
-async def http_rig(tmp_path: Path) -> AsyncIterator[SimulatedRig]:
-    rig = SimulatedRig(tmp_path, over_http=True)
-    await rig.start()
-    yield rig
-    await rig.stop()
-
-
-async def test_a_node_that_cannot_be_reached_certainly_did_nothing() -> None:
-    backend = SimulatedBackend.over_http("http://127.0.0.1:1")
-    with pytest.raises(BackendUnavailable):
-        await backend.node_info()
-    with pytest.raises(BackendUnavailable):
-        await backend.pay_invoice("lnbcrt1x", max_fee_msat=1, timeout_s=1.0, max_cltv_blocks=None)
-    with pytest.raises(BackendUnavailable):
-        await anext(aiter(backend.settlements(None)))
-    await backend.aclose()
-
-
-async def test_an_answer_that_does_not_come_in_time_is_unknown(
-    http_rig: SimulatedRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "_READ_TIMEOUT_S", 0.1)
-    await http_rig.go_wrong(FaultKind.DELAY, "create_invoice", delay_s=1.0)
-    with pytest.raises(OutcomeUnknown):
-        await ask(http_rig)
-
-
-async def test_a_node_that_refuses_says_so(http_rig: SimulatedRig) -> None:
-    await http_rig.go_wrong(FaultKind.FAIL, "create_invoice")
-    with pytest.raises(BackendRejected):
-        await ask(http_rig)
-    assert (await ask(http_rig)).payment_hash
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.1 500 Oops\r\ncontent-length: 2\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nnot JSON!",
-        b"HTTP/1.1 409 No\r\ncontent-length: 2\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{",
-        b"gibberish\r\n\r\n",
-        b"",
-    ],
-)
-async def test_an_answer_that_means_nothing_is_unknown(answer: bytes) -> None:
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-
-    server = await asyncio.start_server(speak, "127.0.0.1", 0)
-    backend = SimulatedBackend.over_http(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    with pytest.raises(OutcomeUnknown):
-        await backend.pay_invoice("lnbcrt1x", max_fee_msat=1, timeout_s=1.0, max_cltv_blocks=None)
-    await backend.aclose()
-    server.close()
-    await server.wait_closed()
