@@ -10,9 +10,12 @@ from datetime import timedelta
 import bolt11
 import pytest
 
+from billing.lightning.simulated.network import Network
+from billing.lightning.simulated.serving import NetworkServer
 from billing.lightning_address import (
     LightningAddresses,
     PayeeError,
+    payable_msat,
 )
 from billing.outside_http import OutsideHttp, OutsideLimits
 from billing.outside_url import OutsideRules
@@ -69,6 +72,24 @@ async def test_each_request_brings_a_new_invoice_and_costs_nothing_to_repeat(wal
     terms = await ours.resolve(payee_of(wallet.address))
     hashes = {(await ours.request_invoice(terms, 1000)).payment_hash for _ in range(3)}
     assert len(hashes) == 3
+
+
+async def test_the_simulated_wallets_addresses_are_payable(tmp_path):
+    network = await Network.open(tmp_path)
+    server = NetworkServer(network, port=0)
+    await server.start()
+    try:
+        ours = LightningAddresses(OutsideHttp(OutsideRules(allow_private=True)), network="regtest")
+        payee = ours.parse(f"worker@{server.url.removeprefix('http://')}")
+        assert payee is not None
+        terms = await ours.resolve(payee, on_behalf_of="worker-1")
+        made = await ours.request_invoice(terms, payable_msat(terms, 5999), comment="payout 1")
+        assert made.amount_msat == 5000 and made.hash_ok is True
+        with refused("amount_out_of_range"):
+            await ours.request_invoice(terms, terms.max_sendable_msat + 1000)
+    finally:
+        await server.stop()
+        await network.aclose()
 
 
 async def test_a_callback_elsewhere_is_followed_and_noted(wallet, caplog):
