@@ -51,7 +51,7 @@ Temperature = Annotated[float | None, typer.Option(min=0, max=5, help="How darin
 MultiplierOption = Annotated[
     str | None,
     typer.Option(
-        "--multiplier", help="Pay this many times the base fee to be served sooner: 1.25."
+        "--multiplier", help="Pay this many times the base fee to be served sooner: 1.25; or auto."
     ),
 ]
 MaxFee = Annotated[

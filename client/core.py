@@ -6,16 +6,17 @@ Every public method of the two clients is one flow from here, carried out by its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 from client import account
 from client.answers import Balance, Completion, Info, Job, Purchase, Quote, TopUp
 from client.credentials import ApiKey, Credential, parse_credential
-from client.errors import NoWallet, PaymentNeeded, SatherdError
+from client.errors import BadRequest, NoWallet, PaymentNeeded, SatherdError
 from client.events import Ended, Event, Paid, Position, StateChanged, Text
 from client.exchange import Answer, Flow, Patience, Request, ask, must
+from client.fee_policy import automatic_multiplier_for
 from client.following import Tracker, collect, fetch_job, follow
 from client.paying import paid_request
 from client.pricing import format_multiplier, parse_multiplier_milli
@@ -31,13 +32,15 @@ from client.purchase import (
 
 Prompt = str | Sequence[Mapping[str, Any]] | None
 Multiplier = str | int | float | Decimal
+AUTO = "auto"
 
 
 @dataclass(slots=True)
 class Ask:
     """One prompt and what its payer agrees to; the keyword arguments of `run` and its like.
 
-    `fee_multiplier` or `offer_msat` buys a better place in the queue. `fields` are those of
+    `fee_multiplier` or `offer_msat` buys a better place in the queue; `fee_multiplier="auto"` asks
+    `client.fee_policy`. `fields` are those of
     OpenAI's requests: max_tokens, temperature, stop, n, kind …
     """
 
@@ -57,10 +60,17 @@ class Ask:
         rest = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
         return cls(prompt, fields=rest, **own)
 
-    def body(self, *, stream: bool) -> dict[str, Any]:
+    def __post_init__(self) -> None:
         """Raises ValueError for a multiplier that is none, or given beside an offer."""
-        if self.fee_multiplier is not None and self.offer_msat is not None:
+        if self.fee_multiplier is None:
+            return
+        if self.offer_msat is not None:
             raise ValueError("give a fee_multiplier or an offer_msat, not both")
+        if self.fee_multiplier != AUTO:
+            parse_multiplier_milli(self.fee_multiplier)
+
+    def body(self, *, stream: bool) -> dict[str, Any]:
+        """The body of the request; `fee_multiplier` is a number by now."""
         body = job_body(self.prompt, model=self.model, models=self.models, fields=self.fields)
         if self.fee_multiplier is not None:
             body["fee_multiplier"] = format_multiplier(parse_multiplier_milli(self.fee_multiplier))
@@ -139,8 +149,11 @@ class Core:
         return fetch_info(self.patience)
 
     def quote(self, asked: Ask) -> Flow[Quote]:
+        asked = yield from self._filled_in(asked)
         body, terms = asked.body(stream=False), asked.terms()
-        return make_quote(body, terms, patience=self.patience, credential=self.credential)
+        return (
+            yield from make_quote(body, terms, patience=self.patience, credential=self.credential)
+        )
 
     def submit(self, asked: Ask) -> Flow[Purchase]:
         """Buy and return as soon as the jobs have ids."""
@@ -279,10 +292,32 @@ class Core:
         return chosen
 
     def _buy(self, asked: Ask, *, stream: bool) -> Flow[Purchase]:
-        return buy(
-            asked.body(stream=stream),
-            asked.terms(),
-            credential=self.credential,
-            has_wallet=self.has_wallet,
-            patience=self.patience,
+        if self.credential is None and not self.has_wallet:
+            raise NoWallet("give a prepaid key, or a wallet that pays invoices")
+        asked = yield from self._filled_in(asked)
+        return (
+            yield from buy(
+                asked.body(stream=stream),
+                asked.terms(),
+                credential=self.credential,
+                patience=self.patience,
+            )
         )
+
+    def _filled_in(self, asked: Ask) -> Flow[Ask]:
+        """What the caller left to us: the router's first model of the kind, the multiplier."""
+        models = list(asked.models or ([asked.model] if asked.model else []))
+        if models and asked.fee_multiplier != AUTO:
+            return asked
+        info = yield from fetch_info(self.patience)
+        if not models:
+            kind = "embedding" if asked.fields.get("kind") == "embedding" else "text"
+            model = info.first_model(kind)
+            if model is None:
+                raise BadRequest(f"this router has no {kind} model", code="unknown_model")
+            models = [model.id]
+            asked = replace(asked, model=model.id)
+        if asked.fee_multiplier == AUTO:
+            milli = max(automatic_multiplier_for(info, model_id) for model_id in models)
+            asked = replace(asked, fee_multiplier=format_multiplier(milli))
+        return asked

@@ -15,7 +15,7 @@ from typing import Any
 
 from client.answers import Info, Invoice, Purchase, Quote, job_list
 from client.credentials import Credential
-from client.errors import BadRequest, FeeOverLimit, NotQueued, NoWallet, RouterRefused, WrongQuote
+from client.errors import FeeOverLimit, NotQueued, RouterRefused, WrongQuote
 from client.events import InvoiceDue, Paid, Quoted
 from client.exchange import Emit, Flow, Patience, Request, Wait, ask, send
 from client.paying import check_invoice, pay_invoice
@@ -71,14 +71,7 @@ def fetch_info(patience: Patience) -> Flow[Info]:
 def make_quote(
     body: Mapping[str, Any], terms: Terms, *, patience: Patience, credential: Credential | None
 ) -> Flow[Quote]:
-    """A price for this job; nothing is owed. A body without a model gets the router's first."""
-    if not body.get("model") and not body.get("models"):
-        info = yield from fetch_info(patience)
-        kind = "embedding" if body.get("kind") == "embedding" else "text"
-        model = info.first_model(kind)
-        if model is None:
-            raise BadRequest(f"this router has no {kind} model", code="unknown_model")
-        body = {**body, "model": model.id}
+    """A price for this job; nothing is owed."""
     headers = terms.headers() | (credential.headers() if credential else {})
     try:
         raw = yield from ask(Request("POST", "/quotes", body, headers), patience=patience)
@@ -122,12 +115,9 @@ def buy(
     terms: Terms,
     *,
     credential: Credential | None,
-    has_wallet: bool,
     patience: Patience,
 ) -> Flow[Purchase]:
-    """Quote and pay; then the jobs are queued. A credential is used before a wallet."""
-    if credential is None and not has_wallet:
-        raise NoWallet("give a prepaid key, or a wallet that pays invoices")
+    """Quote and pay; then the jobs are queued. Without a credential the wallet pays."""
     quote = yield from make_quote(body, terms, patience=patience, credential=credential)
     check_quote(quote, body, terms)
     yield Emit(Quoted(quote))

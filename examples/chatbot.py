@@ -22,8 +22,6 @@ from dataclasses import dataclass
 
 from client import Client, SatherdError, SimulatedWallet
 from client.events import Position
-from client.fee_policy import automatic_multiplier_for
-from client.pricing import format_multiplier
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Chatbot:
         self._client = client
         self._options = options
         self._latest: deque[Message] = deque(maxlen=options.context)
+        self._label = " (simulated)" if client.info().simulated else ""
         self.spent_msat = 0
 
     def hear(self, message: Message) -> None:
@@ -70,17 +69,14 @@ class Chatbot:
             self.speak()
 
     def speak(self) -> None:
-        info = self._client.info()
-        model = self._options.model or getattr(info.first_model(), "id", None)
-        multiplier = automatic_multiplier_for(info, model or "")
         messages = prompt_of(
             self._options.character, list(self._latest), own_nick=self._options.name
         )
         stream = self._client.stream(
             messages,
-            model=model,
+            model=self._options.model,
             max_tokens=self._options.max_tokens,
-            fee_multiplier=format_multiplier(multiplier),
+            fee_multiplier="auto",
             max_fee_msat=self._options.max_fee_msat,
         )
         print(f"{self._options.name}> ", end="", flush=True)
@@ -93,8 +89,7 @@ class Chatbot:
         self._latest.append(Message(self._options.name, stream.completion.text))
         charged_msat = stream.completion.charged_msat
         self.spent_msat += charged_msat
-        simulated = " simulated" if info.simulated else ""
-        print(f"({charged_msat}{simulated} msat)", file=sys.stderr)
+        print(f"({charged_msat} msat{self._label})", file=sys.stderr)
 
 
 def main() -> int:
@@ -114,7 +109,11 @@ def main() -> int:
     options = parser.parse_args()
     wallet = SimulatedWallet(options.router_url)
     with Client(options.router_url, key=options.key, wallet=wallet) as client:
-        bot = Chatbot(client, options)
+        try:
+            bot = Chatbot(client, options)
+        except SatherdError as error:
+            print(f"cannot talk to the router: {error} [{error.code}]", file=sys.stderr)
+            return 1
         for line in sys.stdin:
             if not line.strip():
                 break

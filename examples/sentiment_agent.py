@@ -27,8 +27,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from client import Client, SatherdError, SimulatedWallet
-from client.fee_policy import automatic_multiplier_for
-from client.pricing import format_multiplier
 
 EXAMPLE_CHAT = [
     "anna> the new release is great, so fast",
@@ -101,14 +99,12 @@ def latest_lines(chat: Path | None, count: int) -> list[str]:
 
 def ask(client: Client, options: argparse.Namespace, lines: list[str]) -> tuple[str, int]:
     """The model's answer, and what it was charged in msat."""
-    info = client.info()
-    model = options.model or getattr(info.first_model(), "id", None)
     completion = client.run(
         QUESTION.format(token=options.token, chat="\n".join(lines)),
-        model=model,
+        model=options.model,
         max_tokens=16,
         temperature=0,
-        fee_multiplier=format_multiplier(automatic_multiplier_for(info, model or "")),
+        fee_multiplier="auto",
         max_fee_msat=options.max_fee_msat,
     )
     return completion.text.strip(), completion.charged_msat

@@ -62,6 +62,7 @@ class Faults:
     drop: Counter[str] = field(default_factory=Counter)
     invoice: Callable[[str], str] | None = None
     quote: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     resend_seen_events: bool = False
     unseen_payments: int = 0
     wrong_preimage: bool = False
@@ -161,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             "multiplier_to_be_next": "1.000",
             "servable": True,
         }
+        model |= self.contract.faults.model
         self._answer(
             200, {"simulated": True, "network": "regtest", "fees": FEES, "models": [model]}
         )

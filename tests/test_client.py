@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from client import L402, AsyncClient, ClaimToken, Client, SimulatedWallet
-from client.errors import FeeOverLimit, NoWallet, WalletFailed, WrongInvoice, WrongQuote
+from client.errors import BadRequest, FeeOverLimit, NoWallet, WalletFailed, WrongInvoice, WrongQuote
 from client.events import Position
 from tests.contract_server import WORDS, invoice_for
 from tests.either_client import (  # noqa: F401 - the fixtures are used by name
@@ -94,6 +94,25 @@ def test_an_async_wallet_in_the_synchronous_client_is_a_type_error(server):
 async def test_without_a_model_the_routers_first_is_taken(either, server):
     completion = await either.do("run", PROMPT)
     assert completion.jobs[0].model == "stand-in"
+
+
+@pytest.mark.parametrize(("queue_length", "multiplier"), [(0, "1.000"), (3, "1.508")])
+async def test_an_automatic_multiplier_follows_the_queue(either, server, queue_length, multiplier):
+    """LH-10: half a percent over the last one charged, and only while jobs wait."""
+    server.faults.model = {
+        "queue_length": queue_length,
+        "last_multiplier": "1.500",
+        "multiplier_to_be_next": "2.001",
+    }
+    completion = await either.do("run", PROMPT, fee_multiplier="auto")
+    assert completion.purchase.quote.multiplier == multiplier
+
+
+async def test_a_router_without_a_fitting_model_is_told_before_anything_is_paid(either, server):
+    server.faults.model = {"kind": "embedding"}
+    with pytest.raises(BadRequest, match="no text model"):
+        await either.do("run", PROMPT)
+    assert server.seen("POST", "/quotes") == []
 
 
 async def test_several_answers_are_several_jobs(either):

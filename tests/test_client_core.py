@@ -6,6 +6,8 @@ import hashlib
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from client import errors
 from client.challenge import (
@@ -47,6 +49,26 @@ def test_events_are_the_same_however_the_bytes_are_cut(size: int):
     ]
     assert events == EXPECTED
     assert (parser.retry_ms, parser.comments) == (1500, 1)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1),
+            st.sampled_from(["\n", "\r", "\r\n"]),
+        )
+    ),
+    st.data(),
+)
+def test_whatever_was_sent_arrives_in_any_cut_and_with_any_line_ends(sent, data):
+    stream = "".join(f"data: {text}{end}{end}" for text, end in sent)
+    raw = stream.encode() + b"\n"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    parser = EventParser()
+    got = []
+    for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
+        got += [event.data for event in parser.feed(raw[start:end])]
+    assert got == [text for text, _ in sent]
 
 
 def test_an_event_without_its_empty_line_is_not_delivered():
