@@ -1,3 +1,5 @@
+# pyright: reportAssignmentType=false
+# (SQLModel declares __tablename__ as a property; its own documentation assigns a text.)
 """The tables of money, as SQLModel classes: the schema that migrations are checked against.
 
 Ids are 128 random bits in hex. Amounts are bigint msat. Secrets are stored as SHA-256 only.
@@ -46,7 +48,9 @@ class AccountKey(SQLModel, table=True):
     account_id: str = Field(sa_column=Column(Text, nullable=False, index=True))
     label: str | None = Field(default=None, sa_column=Column(Text))
     limit_msat: int | None = Field(default=None, sa_column=Column(BigInteger))
-    spent_msat: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    spent_msat: int = Field(
+        default=0, sa_column=Column(BigInteger, nullable=False, server_default="0")
+    )
     can_withdraw: bool = Field(default=False, nullable=False)
     is_primary: bool = Field(default=False, nullable=False)
     created_at: datetime = Field(sa_column=_now())
@@ -59,8 +63,11 @@ class InvoiceRow(SQLModel, table=True):
     __tablename__ = "invoices"
     __table_args__ = (
         CheckConstraint("amount_msat > 0", name="invoices_amount"),
-        Index("invoices_check", "next_check_at", postgresql_where=text("next_check_at is not null")),
+        Index(
+            "invoices_check", "next_check_at", postgresql_where=text("next_check_at is not null")
+        ),
         Index("invoices_reference", "reference"),
+        Index("invoices_claim", "claim_hash", unique=True),
     )
     payment_hash: str = Field(sa_column=Column(Text, primary_key=True))
     account_id: str = Field(sa_column=Column(Text, nullable=False, index=True))
@@ -118,7 +125,9 @@ class FeeChange(SQLModel, table=True):
     """One change of the rates. `model` null is the default; `removed` returns a model to it."""
 
     __tablename__ = "fee_changes"
-    id: int | None = Field(default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True))
+    id: int | None = Field(
+        default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True)
+    )
     model: str | None = Field(default=None, sa_column=Column(Text, index=True))
     removed: bool = Field(default=False, nullable=False)
     prompt_fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -131,13 +140,18 @@ class FeeChange(SQLModel, table=True):
 
 
 class Payee(SQLModel, table=True):
-    """Where a worker is paid. A changed address waits in `next_ln_url` until `next_ln_url_at`."""
+    """Where a worker is paid (billing.payees). A change waits until `next_ln_url_at`; while that is
+    set, `next_ln_url` null means that no payout is wanted from then on.
+
+    `owed_since` is when it was first seen to be owed enough to be paid for its age alone.
+    """
 
     __tablename__ = "payees"
     id: str = Field(sa_column=Column(Text, primary_key=True))
     ln_url: str | None = Field(default=None, sa_column=Column(Text))
     next_ln_url: str | None = Field(default=None, sa_column=Column(Text))
     next_ln_url_at: datetime | None = Field(default=None, sa_column=_time())
+    owed_since: datetime | None = Field(default=None, sa_column=_time())
     failures: int = Field(default=0, nullable=False, sa_column_kwargs={"server_default": "0"})
     failing_since: datetime | None = Field(default=None, sa_column=_time())
     failure_code: str | None = Field(default=None, sa_column=Column(Text))
@@ -146,7 +160,8 @@ class Payee(SQLModel, table=True):
 
 
 class Payout(SQLModel, table=True):
-    """One payment out: a worker's batch or a client's withdrawal (billing.payouts draws the states).
+    """One payment out: a worker's batch or a client's withdrawal (billing.payout_states draws the
+    states).
 
     `account` is the liability that it was taken from, and returns to when it definitely failed.
     `target` is an address or `ln_url`, or the BOLT11 invoice of a withdrawal.
@@ -162,16 +177,19 @@ class Payout(SQLModel, table=True):
             unique=True,
             postgresql_where=text("kind = 'worker' and state in ('planned', 'sending')"),
         ),
-        Index("payouts_due", "next_try_at", postgresql_where=text("state in ('planned', 'sending')")),
+        Index(
+            "payouts_due", "next_try_at", postgresql_where=text("state in ('planned', 'sending')")
+        ),
+        Index("payouts_newest", "created_at", "id"),
+        Index("payouts_of_account", "account", "created_at", "id"),
     )
     id: str = Field(sa_column=Column(Text, primary_key=True))
     kind: str = Field(sa_column=Column(Text, nullable=False))
-    account: str = Field(sa_column=Column(Text, nullable=False, index=True))
+    account: str = Field(sa_column=Column(Text, nullable=False))
     target: str = Field(sa_column=Column(Text, nullable=False))
     amount_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
     fee_cap_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
     state: str = Field(sa_column=Column(Text, nullable=False))
-    failures: int = Field(default=0, nullable=False, sa_column_kwargs={"server_default": "0"})
     error_code: str | None = Field(default=None, sa_column=Column(Text))
     fee_msat: int | None = Field(default=None, sa_column=Column(BigInteger))
     created_at: datetime = Field(sa_column=_now())
@@ -180,7 +198,13 @@ class Payout(SQLModel, table=True):
 
 
 class PayoutAttempt(SQLModel, table=True):
-    """One invoice of a payout. A payment hash is used once, ever."""
+    """One invoice of a payout. A payment hash is used once, ever.
+
+    What a node was asked: `submissions` counts the calls to pay, each before it is made, and
+    `backend`, `node_pubkey`, `lease_token` say by whom and of which node. What it said: `was_known`,
+    `was_missing`, and since when its look-ups agree that nothing was sent. `alert` is why somebody
+    should look at it (billing.payout_states).
+    """
 
     __tablename__ = "payout_attempts"
     __table_args__ = (
@@ -188,25 +212,37 @@ class PayoutAttempt(SQLModel, table=True):
             "payout_attempts_one_live",
             "payout_id",
             unique=True,
-            postgresql_where=text("state in ('invoiced', 'submitted')"),
+            postgresql_where=text("state in ('new', 'invoiced', 'submitted')"),
         ),
         Index("payout_attempts_payout", "payout_id"),
+        Index(
+            "payout_attempts_proved",
+            "submitted_at",
+            postgresql_where=text("state = 'succeeded'"),
+        ),
     )
     id: str = Field(sa_column=Column(Text, primary_key=True))
     payout_id: str = Field(sa_column=Column(Text, nullable=False))
     state: str = Field(sa_column=Column(Text, nullable=False))
-    address: str = Field(sa_column=Column(Text, nullable=False))
+    address: str | None = Field(default=None, sa_column=Column(Text))
     bolt11: str | None = Field(default=None, sa_column=Column(Text))
     payment_hash: str | None = Field(default=None, sa_column=Column(Text, unique=True))
-    amount_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
-    max_fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=_time())
     submitted_at: datetime | None = Field(default=None, sa_column=_time())
+    submissions: int = Field(default=0, nullable=False, sa_column_kwargs={"server_default": "0"})
+    backend: str | None = Field(default=None, sa_column=Column(Text))
     node_pubkey: str | None = Field(default=None, sa_column=Column(Text))
     lease_token: int | None = Field(default=None, sa_column=Column(BigInteger))
     last_checked_at: datetime | None = Field(default=None, sa_column=_time())
-    checks: int = Field(default=0, nullable=False, sa_column_kwargs={"server_default": "0"})
-    gone_since: datetime | None = Field(default=None, sa_column=_time())
+    was_known: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": text("false")}
+    )
+    was_missing: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": text("false")}
+    )
+    agreed_state: str | None = Field(default=None, sa_column=Column(Text))
+    agreed_since: datetime | None = Field(default=None, sa_column=_time())
+    alert: str | None = Field(default=None, sa_column=Column(Text))
     preimage: str | None = Field(default=None, sa_column=Column(Text))
     fee_msat: int | None = Field(default=None, sa_column=Column(BigInteger))
     failure_code: str | None = Field(default=None, sa_column=Column(Text))
@@ -215,9 +251,11 @@ class PayoutAttempt(SQLModel, table=True):
 
 
 class BillingState(SQLModel, table=True):
-    """Small facts of the payout runner: paused or not, its lease and fencing token."""
+    """Small facts of the payout runner: its lease with the fencing token, paused and why, blocked
+    and by what. `set_at` is since when; a lease also has an end."""
 
     __tablename__ = "billing_state"
     key: str = Field(sa_column=Column(Text, primary_key=True))
     value: str = Field(sa_column=Column(Text, nullable=False))
+    set_at: datetime | None = Field(default=None, sa_column=_time())
     expires_at: datetime | None = Field(default=None, sa_column=_time())

@@ -85,6 +85,7 @@ def upgrade() -> None:
         "billing_state",
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("value", sa.Text(), nullable=False),
+        sa.Column("set_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("key"),
     )
@@ -155,6 +156,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("next_check_at is not null"),
     )
+    op.create_index("invoices_claim", "invoices", ["claim_hash"], unique=True)
     op.create_index("invoices_reference", "invoices", ["reference"], unique=False)
     op.create_index(op.f("ix_invoices_account_id"), "invoices", ["account_id"], unique=False)
     op.create_table(
@@ -281,6 +283,7 @@ def upgrade() -> None:
         sa.Column("ln_url", sa.Text(), nullable=True),
         sa.Column("next_ln_url", sa.Text(), nullable=True),
         sa.Column("next_ln_url_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("owed_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("failures", sa.Integer(), server_default="0", nullable=False),
         sa.Column("failing_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("failure_code", sa.Text(), nullable=True),
@@ -298,18 +301,21 @@ def upgrade() -> None:
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("payout_id", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("address", sa.Text(), nullable=False),
+        sa.Column("address", sa.Text(), nullable=True),
         sa.Column("bolt11", sa.Text(), nullable=True),
         sa.Column("payment_hash", sa.Text(), nullable=True),
-        sa.Column("amount_msat", sa.BigInteger(), nullable=False),
-        sa.Column("max_fee_msat", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("submitted_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("submissions", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("backend", sa.Text(), nullable=True),
         sa.Column("node_pubkey", sa.Text(), nullable=True),
         sa.Column("lease_token", sa.BigInteger(), nullable=True),
         sa.Column("last_checked_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("checks", sa.Integer(), server_default="0", nullable=False),
-        sa.Column("gone_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("was_known", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("was_missing", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("agreed_state", sa.Text(), nullable=True),
+        sa.Column("agreed_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("alert", sa.Text(), nullable=True),
         sa.Column("preimage", sa.Text(), nullable=True),
         sa.Column("fee_msat", sa.BigInteger(), nullable=True),
         sa.Column("failure_code", sa.Text(), nullable=True),
@@ -328,9 +334,16 @@ def upgrade() -> None:
         "payout_attempts",
         ["payout_id"],
         unique=True,
-        postgresql_where=sa.text("state in ('invoiced', 'submitted')"),
+        postgresql_where=sa.text("state in ('new', 'invoiced', 'submitted')"),
     )
     op.create_index("payout_attempts_payout", "payout_attempts", ["payout_id"], unique=False)
+    op.create_index(
+        "payout_attempts_proved",
+        "payout_attempts",
+        ["submitted_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'succeeded'"),
+    )
     op.create_table(
         "payouts",
         sa.Column("id", sa.Text(), nullable=False),
@@ -340,7 +353,6 @@ def upgrade() -> None:
         sa.Column("amount_msat", sa.BigInteger(), nullable=False),
         sa.Column("fee_cap_msat", sa.BigInteger(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("failures", sa.Integer(), server_default="0", nullable=False),
         sa.Column("error_code", sa.Text(), nullable=True),
         sa.Column("fee_msat", sa.BigInteger(), nullable=True),
         sa.Column(
@@ -360,7 +372,6 @@ def upgrade() -> None:
         sa.CheckConstraint("fee_cap_msat >= 0", name="payouts_fee_cap"),
         sa.PrimaryKeyConstraint("id"),
     )
-    op.create_index(op.f("ix_payouts_account"), "payouts", ["account"], unique=False)
     op.create_index(
         "payouts_due",
         "payouts",
@@ -368,6 +379,8 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state in ('planned', 'sending')"),
     )
+    op.create_index("payouts_newest", "payouts", ["created_at", "id"], unique=False)
+    op.create_index("payouts_of_account", "payouts", ["account", "created_at", "id"], unique=False)
     op.create_index(
         "payouts_one_open_per_payee",
         "payouts",
@@ -476,18 +489,24 @@ def downgrade() -> None:
         table_name="payouts",
         postgresql_where=sa.text("kind = 'worker' and state in ('planned', 'sending')"),
     )
+    op.drop_index("payouts_of_account", table_name="payouts")
+    op.drop_index("payouts_newest", table_name="payouts")
     op.drop_index(
         "payouts_due",
         table_name="payouts",
         postgresql_where=sa.text("state in ('planned', 'sending')"),
     )
-    op.drop_index(op.f("ix_payouts_account"), table_name="payouts")
     op.drop_table("payouts")
+    op.drop_index(
+        "payout_attempts_proved",
+        table_name="payout_attempts",
+        postgresql_where=sa.text("state = 'succeeded'"),
+    )
     op.drop_index("payout_attempts_payout", table_name="payout_attempts")
     op.drop_index(
         "payout_attempts_one_live",
         table_name="payout_attempts",
-        postgresql_where=sa.text("state in ('invoiced', 'submitted')"),
+        postgresql_where=sa.text("state in ('new', 'invoiced', 'submitted')"),
     )
     op.drop_table("payout_attempts")
     op.drop_table("payees")
@@ -509,6 +528,7 @@ def downgrade() -> None:
     op.drop_table("job_chunks")
     op.drop_index(op.f("ix_invoices_account_id"), table_name="invoices")
     op.drop_index("invoices_reference", table_name="invoices")
+    op.drop_index("invoices_claim", table_name="invoices")
     op.drop_index(
         "invoices_check",
         table_name="invoices",

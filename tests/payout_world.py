@@ -1,0 +1,420 @@
+"""A world for payouts: a database, the simulated network as oracle, payees' servers, one clock.
+
+A `Process` is a payout runner that can be killed: its fuse is looked at before and after each
+commit, each call of the node and each request to a payee, and when it has burnt down CrashNow goes
+off there, and everywhere else in that process from then on. What was committed or sent stays.
+
+After every commit of a process the books are checked, whatever it was doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qs
+
+from billing import ledger, payees, payout_control
+from billing.ledger import LIGHTNING, Transfer
+from billing.lightning import Capabilities, NodeInfo
+from billing.lightning.simulated.backend import SimulatedBackend
+from billing.lightning.simulated.network import Network
+from billing.lightning.simulated.wallets import ROUTER
+from billing.lightning_address import LightningAddresses
+from billing.outside_http import OutsideAnswer, OutsideHttp, OutsideHttpError
+from billing.outside_url import OutsideRules, OutsideUrl
+from billing.payout_records import PayoutRecord, list_payouts, worker_sums
+from billing.payout_settings import PayoutSettings
+from billing.payout_states import AttemptState, PayoutState
+from billing.payouts import PayoutRunner
+from billing.trial_balance import trial_balance
+from billing.withdrawals import Withdrawals
+from router.database import Database
+
+START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+SETTINGS = PayoutSettings(pay_timeout_s=0.05)
+INVOICE_EXPIRY_S = 600
+
+
+class CrashNow(BaseException):
+    """kill -9."""
+
+
+@dataclass
+class Fuse:
+    """`sparks_left` None: it never burns down. `sparks` counts the places that were passed."""
+
+    sparks_left: int | None = None
+    sparks: int = 0
+    dead: bool = False
+
+    def spark(self) -> None:
+        if self.dead or self.sparks == self.sparks_left:
+            self.dead = True
+            raise CrashNow
+        self.sparks += 1
+
+
+@dataclass
+class PayeeServers:
+    """All the LNURL-pay servers there are; each user has a wallet on the network.
+
+    `broken` gives users, or whole hosts, something that is wrong with them.
+    """
+
+    network: Network
+    min_msat: int = 1_000
+    max_msat: int = 10_000_000_000
+    expiry_s: int = INVOICE_EXPIRY_S
+    broken: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    comments: list[str] = field(default_factory=list)
+    amounts_msat: list[int] = field(default_factory=list)
+    last_invoice: str = ""
+
+    async def fetch(self, url: OutsideUrl) -> OutsideAnswer:
+        self.asked.append(str(url))
+        path, _, query = url.target.partition("?")
+        user = path.rpartition("/")[2]
+        wrong = self.broken.get(user) or self.broken.get(url.host)
+        if wrong == "unreachable":
+            raise OutsideHttpError("unreachable", "the server cannot be reached")
+        if wrong == "error":
+            return self._answer(url, {"status": "ERROR", "reason": "no such user"})
+        if path.startswith("/.well-known/"):
+            return self._answer(url, self._terms(url.host, user))
+        if wrong == "no_invoice":
+            return self._answer(url, {"status": "ERROR", "reason": "out of order"})
+        fields = parse_qs(query)
+        self.comments += fields.get("comment", [])
+        self.amounts_msat.append(int(fields["amount"][0]))
+        if wrong == "same_invoice" and self.last_invoice:
+            return self._answer(url, {"pr": self.last_invoice})
+        await self.network.ensure_wallet(user)
+        made = await self.network.create_invoice(
+            user,
+            amount_msat=int(fields["amount"][0]),
+            description="for a worker",
+            expiry_s=self.expiry_s,
+        )
+        self.last_invoice = made.bolt11
+        return self._answer(url, {"pr": made.bolt11, "routes": []})
+
+    def _terms(self, host: str, user: str) -> dict[str, Any]:
+        return {
+            "tag": "payRequest",
+            "callback": f"https://{host}/cb/{user}",
+            "minSendable": self.min_msat,
+            "maxSendable": self.max_msat,
+            "commentAllowed": 64,
+            "metadata": json.dumps([["text/plain", "for a worker"]]),
+        }
+
+    def _answer(self, url: OutsideUrl, content: dict[str, Any]) -> OutsideAnswer:
+        return OutsideAnswer(200, json.dumps(content).encode(), url)
+
+
+class _Http:
+    """Stands where OutsideHttp stands: the way of one process to the payees' servers."""
+
+    def __init__(self, servers: PayeeServers, fuse: Fuse) -> None:
+        self.rules = OutsideRules()
+        self._servers = servers
+        self._fuse = fuse
+
+    async def fetch(self, url: OutsideUrl, **_: object) -> OutsideAnswer:
+        self._fuse.spark()
+        answer = await self._servers.fetch(url)
+        self._fuse.spark()
+        return answer
+
+
+class _Backend:
+    """A process's connection to the router's node. `info` and `capabilities` may be overruled."""
+
+    def __init__(self, inner: SimulatedBackend, fuse: Fuse) -> None:
+        self._inner = inner
+        self._fuse = fuse
+        self.name = inner.name
+        self.capabilities: Capabilities = inner.capabilities
+        self.worst_case_msat: int | None = None
+        self.info: NodeInfo | None = None
+        self.error: Exception | None = None
+        self.pays = 0
+        # Overrules the next answers to pay_invoice or lookup_payment.
+        self.answer: Callable[[str, Callable[[], Awaitable[Any]]], Awaitable[Any]] | None = None
+
+    async def _call(self, operation: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        self._fuse.spark()
+        if self.error is not None:
+            raise self.error
+        result = await (self.answer(operation, call) if self.answer else call())
+        self._fuse.spark()
+        return result
+
+    async def node_info(self) -> NodeInfo:
+        info = await self._call("node_info", self._inner.node_info)
+        return self.info or info
+
+    async def balance(self) -> Any:
+        return await self._call("balance", self._inner.balance)
+
+    async def worst_case_fee_msat(self, amount_msat: int) -> int | None:
+        return self.worst_case_msat
+
+    async def pay_invoice(self, bolt11: str, **limits: Any) -> Any:
+        self.pays += 1
+        return await self._call("pay_invoice", lambda: self._inner.pay_invoice(bolt11, **limits))
+
+    async def lookup_payment(self, payment_hash: str) -> Any:
+        return await self._call("lookup_payment", lambda: self._inner.lookup_payment(payment_hash))
+
+
+class Process:
+    """One process with a runner. `sparks_left`: how many places it lives through."""
+
+    def __init__(self, world: World, settings: PayoutSettings, sparks_left: int | None) -> None:
+        self.world = world
+        self.fuse = Fuse(sparks_left)
+        self.backend = _Backend(SimulatedBackend.in_process(world.network), self.fuse)
+        self.addresses = LightningAddresses(
+            cast(OutsideHttp, _Http(world.servers, self.fuse)),
+            network="regtest",
+            own_pubkey=world.pubkey,
+            now=lambda: world.now,
+        )
+        self.runner = PayoutRunner(
+            self.transaction,
+            cast(Any, self.backend),
+            self.addresses,
+            settings=settings,
+            clock=lambda: world.now + world.skew,
+            jitter=lambda: 0.5,
+        )
+        self.withdrawals = Withdrawals(
+            self.transaction,
+            cast(Any, self.backend),
+            self.addresses,
+            settings=settings,
+            clock=lambda: world.now + world.skew,
+            on_planned=self.runner.wake,
+        )
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Any]:
+        self.fuse.spark()
+        async with self.world.database.transaction() as connection:
+            yield connection
+            self.fuse.spark()
+        await self.world.check_books()
+        self.fuse.spark()
+
+    async def turn(self) -> bool:
+        """One turn; False when it was killed in it."""
+        before = asyncio.all_tasks()
+        try:
+            await self.runner.run_once()
+        except CrashNow:
+            left = [t for t in asyncio.all_tasks() - before if (t.get_name()).startswith("payout-")]
+            await asyncio.gather(*left, return_exceptions=True)
+            return False
+        return not self.fuse.dead
+
+
+class World:
+    """`now` is the time of the network and, but for `skew`, of the processes."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.now = START
+        self.skew = timedelta()
+        self.network: Network
+        self.servers: PayeeServers
+        self.pubkey = ""
+        self.earned_msat: dict[str, int] = defaultdict(int)
+        self.commits = 0
+        self._count = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, database: Database, path: Path) -> AsyncIterator[World]:
+        self = cls(database)
+        self.network = await Network.open(path, clock=lambda: self.now.timestamp())
+        self.servers = PayeeServers(self.network)
+        self.pubkey = (await self.network.node(ROUTER)).pubkey
+        try:
+            yield self
+        finally:
+            await self.network.aclose()
+
+    def process(
+        self, settings: PayoutSettings = SETTINGS, *, sparks_left: int | None = None
+    ) -> Process:
+        return Process(self, settings, sparks_left)
+
+    async def pass_time(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        await self.network.run_due()
+
+    async def earn(self, worker_id: str, amount_msat: int) -> None:
+        self._count += 1
+        self.earned_msat[worker_id] += amount_msat
+        await self._receive(ledger.worker(worker_id), amount_msat)
+
+    async def deposit(self, account_id: str, amount_msat: int) -> None:
+        self._count += 1
+        await self._receive(ledger.client(account_id), amount_msat)
+
+    async def _receive(self, account: str, amount_msat: int) -> None:
+        async with self.database.transaction() as connection:
+            await ledger.post(
+                connection,
+                [Transfer(LIGHTNING, account, amount_msat, "received", f"r{self._count}")],
+            )
+
+    async def worker(
+        self, worker_id: str, owed_msat: int = 2_000_000, *, host: str = "pay.example"
+    ) -> None:
+        """A worker with an address, and with money owed to it."""
+        async with self.database.transaction() as connection:
+            await payees.set_address(connection, worker_id, f"{worker_id}@{host}", now=self.now)
+        await self.earn(worker_id, owed_msat)
+
+    async def invoice(self, user: str, amount_msat: int, *, expiry_s: int = 600) -> str:
+        await self.network.ensure_wallet(user)
+        made = await self.network.create_invoice(
+            user, amount_msat=amount_msat, description="cash out", expiry_s=expiry_s
+        )
+        return made.bolt11
+
+    async def payouts(self, account: str | None = None) -> list[PayoutRecord]:
+        """Newest first."""
+        async with self.database.connection() as connection:
+            return (await list_payouts(connection, account=account, limit=500)).payouts
+
+    async def payout_of(self, worker_id: str) -> PayoutRecord:
+        """The latest of a worker."""
+        return (await self.payouts(ledger.worker(worker_id)))[0]
+
+    async def balance_msat(self, account: str) -> int:
+        async with self.database.connection() as connection:
+            return await ledger.balance_msat(connection, account)
+
+    async def sent_msat(self, payout_id: str) -> int:
+        """What has left the router's node for a payout, or is leaving it, routing fees included."""
+        hashes = await self.hashes(payout_id)
+        return sum(
+            p.amount_msat + p.fee_msat
+            for p in await self.network.paid_out(ROUTER)
+            if p.payment_hash in hashes and p.state != "failed"
+        )
+
+    async def hashes(self, payout_id: str) -> set[str]:
+        async with self.database.connection() as connection:
+            rows = await connection.fetch(
+                "select payment_hash from payout_attempts"
+                " where payout_id = $1 and payment_hash is not null",
+                payout_id,
+            )
+        return {row["payment_hash"] for row in rows}
+
+    async def live_hash(self, payout_id: str) -> str:
+        async with self.database.connection() as connection:
+            return await connection.fetchval(
+                "select payment_hash from payout_attempts"
+                " where payout_id = $1 and state = 'submitted'",
+                payout_id,
+            )
+
+    async def check_books(self) -> None:
+        """What must hold at every commit (families 2, 3)."""
+        self.commits += 1
+        async with self.database.transaction("repeatable_read") as connection:
+            books = await trial_balance(connection)
+            assert books.in_order, books
+            held = await connection.fetchval(
+                "select coalesce(sum(amount_msat + case kind when 'withdrawal' then fee_cap_msat"
+                " else 0 end), 0)::bigint from payouts where state in ('planned', 'sending')"
+            )
+            assert held == await ledger.balance_msat(connection, ledger.SENDING)
+            for worker_id, earned_msat in self.earned_msat.items():
+                sums = await worker_sums(connection, worker_id)
+                assert sums.earned_msat == earned_msat, worker_id
+            crowded = await connection.fetchval(
+                "select payout_id from payout_attempts where state in ('invoiced', 'submitted')"
+                " group by payout_id having count(*) > 1"
+            )
+            assert crowded is None, "two live hashes for one payout"
+
+    async def check_payments(self) -> None:
+        """What must hold between the books and the truth of the network (families 1, 6, 7)."""
+        truth = {p.payment_hash: p for p in reversed(await self.network.paid_out(ROUTER))}
+        async with self.database.connection() as connection:
+            attempts = await connection.fetch(
+                "select payout_id, payment_hash, state from payout_attempts"
+                " where payment_hash is not null"
+            )
+        for payout in await self.payouts():
+            sent = await self.sent_msat(payout.id)
+            assert sent <= payout.amount_msat + payout.fee_cap_msat, payout
+            if payout.kind.value == "worker":
+                assert payout.amount_msat % 1000 == 0
+            if payout.state is PayoutState.FAILED:
+                assert sent == 0, f"counted as failed, and sent: {payout}"
+            if payout.state is PayoutState.PAID:
+                assert payout.fee_msat is not None
+                assert sent == payout.amount_msat + payout.fee_msat
+        for attempt in attempts:
+            payment = truth.get(attempt["payment_hash"])
+            succeeded = payment is not None and payment.state == "succeeded"
+            if attempt["state"] == AttemptState.SUCCEEDED:
+                assert succeeded
+            elif attempt["state"] in (AttemptState.FAILED, AttemptState.ABANDONED):
+                assert not succeeded
+
+    async def check_node(self) -> None:
+        """When nothing is under way: the books say of the node what the node says (family 3)."""
+        async with self.database.connection() as connection:
+            left_msat = await connection.fetchval(
+                "select coalesce(sum(amount_msat), 0)::bigint from ledger_transfers"
+                " where credit = 'assets:lightning'"
+            )
+        truly_left_msat = sum(
+            p.amount_msat + p.fee_msat
+            for p in await self.network.paid_out(ROUTER)
+            if p.state == "succeeded"
+        )
+        assert left_msat == truly_left_msat
+        assert (await self.network.audit()).balances
+
+    async def decide_by_truth(self) -> int:
+        """An operator who looks at the network itself decides what the runner cannot."""
+        decided = 0
+        truth = {}
+        for payment in reversed(await self.network.paid_out(ROUTER)):
+            if truth.get(payment.payment_hash, payment).state != "succeeded":
+                truth[payment.payment_hash] = payment
+            truth.setdefault(payment.payment_hash, payment)
+        for payout in await self.payouts():
+            if payout.alert not in ("node_forgot", "maybe_paid"):
+                continue
+            payment = truth.get(payout.payment_hash or "")
+            if payment is not None and payment.state == "in_flight":
+                continue
+            paid = payment is not None and payment.state == "succeeded"
+            async with self.database.transaction() as connection:
+                await payout_control.decide(
+                    connection,
+                    payout.id,
+                    preimage=payment.preimage if paid and payment else None,
+                    fee_msat=payment.fee_msat if paid and payment else 0,
+                    now=self.now,
+                )
+            decided += 1
+        return decided
