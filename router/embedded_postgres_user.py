@@ -1,12 +1,13 @@
 """Which PostgreSQL binaries the embedded server uses, and as which user they run.
 
-PostgreSQL refuses to run as root, so there are three ways, tried in this order:
+An ordinary user runs the server as itself. PostgreSQL refuses to run as root, so for root there are
+three ways, tried in this order:
 
-    ordinary user   the server runs as that user
-    root            the server runs as `postgres` or `nobody`, if that user can reach both the
-                    binaries and the data folder
-    root            the server runs in a user namespace where root has another user's number: to the
-                    kernel its files stay root's, so the data may lie below a home closed to others
+    another user    `postgres` or `nobody`, if it can reach both the binaries and the data folder
+    user namespace  in which root has another user's number: to the kernel its files stay root's, so
+                    all may lie below a home that is closed to others
+    capability      another user, who may pass closed folders (CAP_DAC_OVERRIDE): for containers,
+                    where user namespaces are mostly forbidden
 
 Whoever owns an existing data folder goes on running it. Nobody is added to the system, and no
 folder outside the server's own is opened up.
@@ -132,19 +133,28 @@ def _ourselves(folder: Path, postgres: Path, owner_uid: int | None) -> ServerUse
 
 
 def _candidates_for_root(owner_uid: int | None) -> Iterator[ServerUser]:
-    root = pwd.getpwuid(0).pw_name
-    if shutil.which("setpriv"):
-        for entry in _known(owner_uid) if owner_uid is not None else _known("postgres", "nobody"):
-            if entry.pw_uid != 0:
-                uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
-                prefix = ("setpriv", "--reuid", str(uid), "--regid", str(gid), "--clear-groups")
-                yield ServerUser(uid, gid, prefix, name, root)
-    if shutil.which("unshare") and owner_uid in (None, 0):
+    setpriv, unshare = shutil.which("setpriv"), shutil.which("unshare")
+    if setpriv:
+        yield from _other_users(owner_uid)
+    if unshare and owner_uid in (None, 0):
         for entry in _known("daemon", "postgres", "bin", 1000):
             if entry.pw_uid not in (0, OVERFLOW_UID):
                 prefix = ("unshare", f"--map-user={entry.pw_uid}", f"--map-group={entry.pw_gid}")
                 yield ServerUser(0, 0, prefix, entry.pw_name, entry.pw_name)
-                return
+                break
+    if setpriv:
+        passing = ("--inh-caps", "+dac_override", "--ambient-caps", "+dac_override")
+        yield from _other_users(owner_uid, *passing)
+
+
+def _other_users(owner_uid: int | None, *options: str) -> Iterator[ServerUser]:
+    """By setpriv: the owner of the data, or whoever is usual where there is no data yet."""
+    root = pwd.getpwuid(0).pw_name
+    for entry in _known(owner_uid) if owner_uid is not None else _known("postgres", "nobody"):
+        if entry.pw_uid != 0:
+            uid, gid = str(entry.pw_uid), str(entry.pw_gid)
+            prefix = ("setpriv", "--reuid", uid, "--regid", gid, "--clear-groups", *options)
+            yield ServerUser(entry.pw_uid, entry.pw_gid, prefix, entry.pw_name, root)
 
 
 def _known(*users: str | int) -> Iterator[pwd.struct_passwd]:

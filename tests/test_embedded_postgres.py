@@ -448,6 +448,25 @@ async def test_root_keeps_the_data_below_a_closed_folder_by_a_user_namespace(
 
 
 @only_root
+async def test_root_where_namespaces_are_forbidden_lets_another_user_pass_closed_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's root has its home closed to others, and mostly no right to a namespace."""
+    which = shutil.which
+    monkeypatch.setattr(
+        embedded_postgres_user.shutil, "which", lambda w: None if w == "unshare" else which(w)
+    )
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    for _ in ("made", "found"):
+        async with EmbeddedPostgres(home / "pg", throw_away=True) as server:
+            assert server.pid is not None
+            assert psutil.Process(server.pid).uids().real != 0
+            assert await ask(server, "select current_user") == "satherd"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+@only_root
 def test_root_without_any_way_to_another_user_is_told_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
