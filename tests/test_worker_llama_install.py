@@ -1,4 +1,4 @@
-"""Building llama-cpp-python: the settings, the progress, the refusals. The build itself is not run."""
+"""Building llama-cpp-python: settings, progress, refusals. The build itself takes minutes."""
 
 from __future__ import annotations
 

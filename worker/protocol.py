@@ -1,7 +1,7 @@
 """Every message between a router and a worker, and the job they are about.
 
-A worker opens `WS /worker`, sends one `Registration`, and is answered with `Registered` or `Refused`.
-From then on
+A worker opens `WS /worker`, sends one `Registration`, and is answered with `Registered` or
+`Refused`. From then on
 
     router -> worker   assign, cancel, drain
     worker -> router   chunk, chunks, finished, failed, ready
@@ -260,7 +260,7 @@ class Chunk(BaseModel):
 class Chunks(BaseModel):
     """Several chunks in one frame, as a batched engine produces them: one step, one frame.
 
-    Items are `[job_id, attempt, seq, text, tokens]`: arrays, since names would be most of the bytes.
+    Items are `[job_id, attempt, seq, text, tokens]`: arrays, since names would be most of it.
     """
 
     type: Literal["chunks"] = "chunks"
