@@ -95,7 +95,8 @@ async def create_key(
 async def find_keys(connection: Any, hashes: list[bytes]) -> dict[bytes, Key]:
     """The live keys among the given hashes."""
     rows = await connection.fetch(
-        "select * from account_keys where key_hash = any($1::bytea[]) and revoked_at is null", hashes
+        "select * from account_keys where key_hash = any($1::bytea[]) and revoked_at is null",
+        hashes,
     )
     return {row["key_hash"]: _key(row) for row in rows}
 

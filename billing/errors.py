@@ -1,13 +1,13 @@
 """What can go wrong with money. Facts only: front doors turn them into words and statuses.
 
-    BillingError
-    ├── InsufficientFunds      a liability account would go below zero
-    ├── UnknownAccount         no such payer
-    ├── BadCredential          a credential that is malformed, forged, revoked or foreign
-    ├── BadLightningAddress    an `ln_url` that cannot be used, with one of a few fixed codes
-    ├── BadInvoice             a BOLT11 invoice that we refuse to pay or to show
-    ├── BadAmount              an amount outside what is allowed
-    └── BackendError           the Lightning node (see `billing.lightning`)
+BillingError
+├── InsufficientFunds      a liability account would go below zero
+├── UnknownAccount         no such payer
+├── BadCredential          a credential that is malformed, forged, revoked or foreign
+├── BadLightningAddress    an `ln_url` that cannot be used, with one of a few fixed codes
+├── BadInvoice             a BOLT11 invoice that we refuse to pay or to show
+├── BadAmount              an amount outside what is allowed
+└── BackendError           the Lightning node (see `billing.lightning`)
 """
 
 from __future__ import annotations

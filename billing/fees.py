@@ -32,9 +32,7 @@ class Rates:
         return asdict(self)
 
 
-def base_fee_msat(
-    rates: Rates, *, prompt_tokens: int, max_tokens: int, images: int = 0
-) -> int:
+def base_fee_msat(rates: Rates, *, prompt_tokens: int, max_tokens: int, images: int = 0) -> int:
     """What one job is asked, in msat, rounded up once. `images` are those to be made."""
     use = _micro_msat(rates, prompt_tokens, max_tokens, with_prompt_fee=True)
     return ceil_div(use, MTOK) + rates.image_fee_msat * images

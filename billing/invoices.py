@@ -164,7 +164,11 @@ async def record_settlement(
         log.warning("receipt without an invoice of ours payment_hash=%s", payment_hash)
         await ledger.post(
             connection,
-            [Transfer(ledger.LIGHTNING, ledger.UNASSIGNED, received_msat, "received", payment_hash)],
+            [
+                Transfer(
+                    ledger.LIGHTNING, ledger.UNASSIGNED, received_msat, "received", payment_hash
+                )
+            ],
         )
         return None
     if row["state"] not in (State.OPEN, State.EXPIRED):

@@ -167,9 +167,12 @@ async def lock_balances(connection: Any, accounts: Iterable[str]) -> dict[str, i
 async def balance_msat(connection: Any, account: str) -> int:
     """What a liability holds; for any other account its debits less its credits."""
     if account.startswith(_LIABILITY):
-        return await connection.fetchval(
-            "select balance_msat from ledger_balances where account = $1", account
-        ) or 0
+        return (
+            await connection.fetchval(
+                "select balance_msat from ledger_balances where account = $1", account
+            )
+            or 0
+        )
     return await connection.fetchval(
         "select coalesce(sum(case when debit = $1 then amount_msat else -amount_msat end), 0)::bigint"
         " from ledger_transfers where debit = $1 or credit = $1",

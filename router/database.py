@@ -115,7 +115,9 @@ class BatchingWriter:
     fail its neighbours. One writer per process: two would split the batches and be slower.
     """
 
-    def __init__(self, database: Database, handlers: dict[str, Handler], *, most: int = 512) -> None:
+    def __init__(
+        self, database: Database, handlers: dict[str, Handler], *, most: int = 512
+    ) -> None:
         self._database = database
         self._handlers = handlers
         self._most = most

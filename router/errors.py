@@ -1,21 +1,21 @@
 """What can go wrong with a request or a job. Facts, no HTTP: `router.api.errors` gives statuses.
 
-    RouterError
-    ├── BadRequest            the request cannot be understood or is out of bounds
-    ├── UnknownModel          nobody has ever served it
-    ├── PromptTooLong         it fits no registered worker
-    ├── NoWorker              the model is known, but nobody who serves it is connected
-    ├── FeeTooHigh            over the client's own max_fee
-    ├── NotEnoughBalance      the payer's account or the key's limit does not cover it
-    ├── NoSuchQuote / NoSuchJob
-    ├── QuoteExpired
-    ├── JobWiped              the answer existed and has been deleted
-    ├── IdempotencyConflict   the same key with another request
-    ├── JobNotWaiting         only a waiting job can be bumped
-    ├── JobFailed             the job ended without an answer
-    ├── Forbidden             the credential does not open this
-    ├── Paused / Draining     no new work is taken
-    └── QueueFull
+RouterError
+├── BadRequest            the request cannot be understood or is out of bounds
+├── UnknownModel          nobody has ever served it
+├── PromptTooLong         it fits no registered worker
+├── NoWorker              the model is known, but nobody who serves it is connected
+├── FeeTooHigh            over the client's own max_fee
+├── NotEnoughBalance      the payer's account or the key's limit does not cover it
+├── NoSuchQuote / NoSuchJob
+├── QuoteExpired
+├── JobWiped              the answer existed and has been deleted
+├── IdempotencyConflict   the same key with another request
+├── JobNotWaiting         only a waiting job can be bumped
+├── JobFailed             the job ended without an answer
+├── Forbidden             the credential does not open this
+├── Paused / Draining     no new work is taken
+└── QueueFull
 """
 
 from __future__ import annotations
@@ -96,6 +96,12 @@ class JobFailed(RouterError):
     """Facts: job, end_reason, refunded_msat."""
 
     code = "job_failed"
+
+
+class Conflict(RouterError):
+    """The state of things does not allow it."""
+
+    code = "conflict"
 
 
 class Unauthorized(RouterError):

@@ -79,7 +79,11 @@ def before(event: Event) -> list[str]:
 
 def as_mermaid() -> str:
     """The table as a Mermaid state diagram, for docs/job_states.md."""
-    lines = ["stateDiagram-v2", "    [*] --> awaiting_payment: invoice", "    [*] --> queued: submit"]
+    lines = [
+        "stateDiagram-v2",
+        "    [*] --> awaiting_payment: invoice",
+        "    [*] --> queued: submit",
+    ]
     for event, (froms, to) in MOVES.items():
         lines += [f"    {state} --> {to}: {event}" for state in sorted(froms)]
     lines += [f"    {state} --> [*]" for state in sorted(FINAL)]

@@ -39,9 +39,7 @@ def answer_limit(model: ServedModel) -> int:
     return model.max_tokens or model.context_length
 
 
-def lane(
-    edges: Edges, *, kind: ModelKind, model: str, prompt_tokens: int, max_tokens: int
-) -> str:
+def lane(edges: Edges, *, kind: ModelKind, model: str, prompt_tokens: int, max_tokens: int) -> str:
     """Where a job waits that reads `prompt_tokens` and may produce `max_tokens`."""
     context = edges.context[bisect_left(edges.context, prompt_tokens + max_tokens)]
     answer = edges.answer[bisect_left(edges.answer, max_tokens)]

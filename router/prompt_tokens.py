@@ -60,9 +60,7 @@ def _prompt(value: Any) -> int:
     if isinstance(value, str):
         return _utf8(value)
     if isinstance(value, list):
-        return sum(
-            BYTES_PER_TOKEN if isinstance(item, int) else _prompt(item) for item in value
-        )
+        return sum(BYTES_PER_TOKEN if isinstance(item, int) else _prompt(item) for item in value)
     return 0
 
 

@@ -12,7 +12,7 @@ MIN_ADMIN_TOKEN = 16
 
 
 def default_data_dir() -> Path:
-    return Path.home() / ".local" / "share" / "satherd"
+    return Path.home() / ".satherd"
 
 
 class Settings(BaseSettings):

@@ -1,3 +1,5 @@
+# pyright: reportAssignmentType=false
+# (SQLModel declares __tablename__ as a property; its own documentation assigns a text.)
 """The tables of work, as SQLModel classes: the schema that migrations are checked against.
 
     quotes     what was asked and at which price; the unit of payment
@@ -179,11 +181,19 @@ class WorkerRow(SQLModel, table=True):
     last_seen_at: datetime = Field(sa_column=_now())
     banned_at: datetime | None = Field(default=None, sa_column=_time())
     ban_reason: str | None = Field(default=None, sa_column=Column(Text))
-    draining: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
-    jobs_done: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
-    jobs_failed: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    draining: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": "false"}
+    )
+    jobs_done: int = Field(
+        default=0, sa_column=Column(BigInteger, nullable=False, server_default="0")
+    )
+    jobs_failed: int = Field(
+        default=0, sa_column=Column(BigInteger, nullable=False, server_default="0")
+    )
     tokens: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
-    reliability: float = Field(default=1.0, sa_column=Column(Float, nullable=False, server_default="1"))
+    reliability: float = Field(
+        default=1.0, sa_column=Column(Float, nullable=False, server_default="1")
+    )
     speeds: dict = Field(sa_column=Column(JSONB, nullable=False, server_default="{}"))
 
 
@@ -211,7 +221,9 @@ class AuditRow(SQLModel, table=True):
     """One change by an admin: who, when, before, after."""
 
     __tablename__ = "audit"
-    id: int | None = Field(default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True))
+    id: int | None = Field(
+        default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True)
+    )
     at: datetime = Field(sa_column=_now())
     who: str = Field(sa_column=Column(Text, nullable=False))
     action: str = Field(sa_column=Column(Text, nullable=False))

@@ -194,7 +194,7 @@ class Process:
             cast(Any, self.backend),
             self.addresses,
             settings=settings,
-            clock=lambda: world.now + world.skew,
+            clock=world.tick,
             jitter=lambda: 0.5,
         )
         self.withdrawals = Withdrawals(
@@ -202,7 +202,7 @@ class Process:
             cast(Any, self.backend),
             self.addresses,
             settings=settings,
-            clock=lambda: world.now + world.skew,
+            clock=world.tick,
             on_planned=self.runner.wake,
         )
 
@@ -257,6 +257,11 @@ class World:
         self, settings: PayoutSettings = SETTINGS, *, sparks_left: int | None = None
     ) -> Process:
         return Process(self, settings, sparks_left)
+
+    def tick(self) -> datetime:
+        """The clock of the processes. It moves on a little whenever it is read, as clocks do."""
+        self.now += timedelta(microseconds=1)
+        return self.now + self.skew
 
     async def pass_time(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)

@@ -1,0 +1,65 @@
+"""Answers in JSON, and the reading of bodies; shared by all doors."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+
+from router.api.errors import Problem, problem_of
+from router.core import Core
+from router.errors import BadRequest
+
+log = logging.getLogger(__name__)
+
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+def core_of(request: Request) -> Core:
+    return request.app.state.core
+
+
+def answer(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer; private ones are not to be cached."""
+    return Response(
+        orjson.dumps(body),
+        status_code=status,
+        headers={**NO_STORE, **(headers or {})},
+        media_type="application/json",
+    )
+
+
+async def read_json(request: Request) -> Any:
+    """The body as JSON. Raises BadRequest: broken, or not JSON at all."""
+    raw = await request.body()
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg} at {error.pos}") from None
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object; an empty body is an empty object."""
+    if not await request.body():
+        return {}
+    body = await read_json(request)
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
+
+
+def problem_answer(problem: Problem) -> Response:
+    """An error in the shape of our own doors."""
+    return answer(problem.as_json(), status=problem.status, headers=problem.headers)
+
+
+def noted(error: Exception, request: Request) -> Problem:
+    """The problem of an error, with what nobody expected written to the log."""
+    problem = problem_of(error)
+    if problem.code == "internal_error":
+        log.error(
+            "a request failed method=%s path=%s", request.method, request.url.path, exc_info=error
+        )
+    return problem

@@ -1,0 +1,107 @@
+"""`GET /info`: prices, models, the queue. Public, cheap, and cached for half a second."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from billing.fees import Rates, format_multiplier
+from billing.msat import MSAT_PER_SAT, ceil_div
+from router.api.answers import answer, core_of
+from router.core import Core
+from router.job_views import time_text
+from router.prompt_tokens import BYTES_PER_TOKEN
+
+router = APIRouter(tags=["prices"])
+FRESH_S = 0.5
+
+
+def software_version() -> str:
+    try:
+        return version("satherd")
+    except PackageNotFoundError:
+        return "0"
+
+
+@router.get("/info")
+async def info(request: Request) -> Response:
+    """What this router charges, what it serves, and what a place in its queue costs now."""
+    core = core_of(request)
+    kept = getattr(request.app.state, "info", None)
+    if kept is None or time.monotonic() - kept[0] > FRESH_S:
+        kept = (time.monotonic(), await _info(core))
+        request.app.state.info = kept
+    return answer({**kept[1], "server_time": time_text(core.clock())})
+
+
+async def _info(core: Core) -> dict[str, Any]:
+    await core.market.refresh()
+    schedule = await core.quotes.fees.now()
+    default, settings = schedule.default, core.settings
+    length = core.market.queue_length
+    lasts = core.market.last_multiplier_milli.values()
+    last = format_multiplier(max(lasts, default=1000) if length else 1000)
+    models = [_model(core, facts, schedule.rates(facts.id)) for facts in core.models.facts()]
+    return {
+        "name": settings.name,
+        "version": software_version(),
+        "network": core.node.network,
+        "simulated": core.node.simulated,
+        "fees": default.as_json(),
+        "base_fee": _satoshi(default.prompt_fee_msat * 1_000_000),
+        "token_fee": _satoshi(default.output_msat_per_mtok),
+        "last_multiplier": last,
+        "queue_length": length,
+        "prompt_token_rule": f"ceil(utf8_bytes/{BYTES_PER_TOKEN})",
+        "image_prompt_tokens": settings.image_prompt_tokens,
+        "default_max_tokens": settings.default_max_tokens,
+        "default_max_wait_s": settings.default_max_wait_s,
+        "max_n": settings.max_n,
+        "max_multiplier": str(settings.max_multiplier),
+        "min_amount_msat": settings.min_amount_msat,
+        "commission_ppm": settings.commission_ppm,
+        "quote_ttl_s": settings.quote_ttl_s,
+        "wipe_after_s": settings.wipe_after_s,
+        "paused": core.runtime.paused,
+        "contact": settings.contact,
+        "terms": settings.terms,
+        "herder": _herder(core, default, last, length),
+        "models": models,
+    }
+
+
+def _herder(core: Core, rates: Rates, last: str, length: int) -> dict[str, str]:
+    """The six values of Llama-Herder (LH-9), in satoshi. Base-Fee has a satoshi of headroom, so that
+    the fee its client computes and rounds down is never short."""
+    return {
+        "Name": core.settings.name,
+        "Version": software_version(),
+        "Base-Fee": str(ceil_div(rates.prompt_fee_msat, MSAT_PER_SAT) + 1),
+        "Token-Fee": _satoshi(rates.output_msat_per_mtok),
+        "Last-Multiplier": last,
+        "Queue-Length": str(length),
+    }
+
+
+def _model(core: Core, facts: Any, rates: Rates) -> dict[str, Any]:
+    return {
+        "id": facts.id,
+        "kind": facts.kind.value,
+        "kinds": [kind.value for kind in facts.kinds],
+        "fees": rates.as_json(),
+        "workers": facts.workers,
+        "idle_workers": facts.idle_workers,
+        "context_length": facts.context_length,
+        "max_tokens": facts.max_tokens,
+        "tokens_per_s": round(facts.tokens_per_s, 1) if facts.tokens_per_s else None,
+        **core.market.model_queue(facts.kind, facts.id),
+    }
+
+
+def _satoshi(msat_per_million: int) -> str:
+    """An amount in msat per million as a decimal of satoshi for one, without trailing zeros."""
+    whole, part = divmod(msat_per_million, MSAT_PER_SAT * 1_000_000)
+    return f"{whole}.{part:09d}".rstrip("0").rstrip(".")

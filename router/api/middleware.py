@@ -1,0 +1,136 @@
+"""What every request passes: CORS, the limit of bodies, the drain of a router that shuts down.
+
+Plain ASGI: it runs for every request and every streamed token goes through `send`, so nothing is
+wrapped that need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from router.api.errors import Problem
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Awaitable[None]]
+
+_METHODS = b"GET, POST, PUT, DELETE, OPTIONS, PATCH"
+_EXPOSED = (
+    b"WWW-Authenticate, Payment-Receipt, Retry-After, X-Satherd-Job, X-Satherd-Fee-Msat,"
+    b" X-Satherd-Refund-Msat, X-Satherd-Worker, X-Reason, X-Needed"
+)
+_ALLOWED = (
+    b"Authorization, Content-Type, Accept, Accept-Authenticate, Idempotency-Key, Last-Event-ID,"
+    b" X-Claim-Token, X-Fee-Multiplier, X-Max-Fee-Msat, X-Max-Wait-S, apikey, Client-Agent"
+)
+
+
+class Cors:
+    """Any origin may call (QB-R1, KC-11, KL-9), except on the operator's own paths."""
+
+    def __init__(self, app: App, *, closed: tuple[str, ...] = ("/admin",)) -> None:
+        self._app = app
+        self._closed = closed
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(self._closed):
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        if origin is None:
+            await self._app(scope, receive, send)
+            return
+        # With credentials the wildcard is not allowed, so the origin is given back to itself.
+        allow = [
+            (b"access-control-allow-origin", origin),
+            (b"access-control-allow-credentials", b"true"),
+            (b"vary", b"Origin"),
+        ]
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            asked = headers.get(b"access-control-request-headers", b"")
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 204,
+                    "headers": [
+                        *allow,
+                        (b"access-control-allow-methods", _METHODS),
+                        (b"access-control-allow-headers", asked or _ALLOWED),
+                        (b"access-control-max-age", b"86400"),
+                    ],
+                }
+            )
+            await send({"type": "http.response.body", "body": b""})
+            return
+
+        async def send_with_origin(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exposed = (b"access-control-expose-headers", _EXPOSED)
+                message["headers"] = [*message["headers"], *allow, exposed]
+            await send(message)
+
+        await self._app(scope, receive, send_with_origin)
+
+
+class BodyLimit:
+    """413 for bodies over the limit, whether they say their length or not."""
+
+    def __init__(self, app: App, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_bytes:
+            await self._refuse(send)
+            return
+        seen = 0
+        refused = False
+
+        async def limited() -> Message:
+            nonlocal seen, refused
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self._max_bytes:
+                    refused = True
+                    return {"type": "http.disconnect"}
+            return message
+
+        async def guarded(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        try:
+            await self._app(scope, limited, guarded)
+        finally:
+            if refused:
+                await self._refuse(send)
+
+    async def _refuse(self, send: Send) -> None:
+        problem = Problem(
+            "body_too_large",
+            f"the body is over {self._max_bytes} bytes",
+            {"max_bytes": self._max_bytes},
+        )
+        body = orjson.dumps(problem.as_json())
+        await send(
+            {
+                "type": "http.response.start",
+                "status": problem.status,
+                "headers": [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"connection", b"close"),
+                ],
+            }
+        )
+        await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,132 @@
+"""The OpenAI door: chat, completions, embeddings, models; streaming and not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from router import requests
+from router.api import openai_shapes as shapes
+from router.api import purchase
+from router.api.answers import answer, core_of, noted, read_json
+from router.api.errors import Problem
+from router.api.openai_stream import AnswerStream
+from router.api.purchase import PaymentRequired, Purchase, payment_body
+from router.api.sse import EventStream
+from router.api.waiting import ClientGone, abandon, outcomes
+from router.core import Core
+from router.errors import NoSuchThing
+from worker.protocol import Kind
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """A chat answer, paid by key, credential or on demand."""
+    return await _serve(request, Kind.CHAT)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """Continuations of one or several prompts."""
+    return await _serve(request, Kind.COMPLETION)
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request) -> Response:
+    """A vector for each input; as base64 when asked."""
+    return await _serve(request, Kind.EMBEDDING)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The models of this market, in OpenAI's form with DecentralGPT's fields beside."""
+    core = core_of(request)
+    models = [_model(core, facts.id) for facts in core.models.facts()]
+    return answer({"object": "list", "project": core.settings.name, "data": models})
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(request: Request, model: str) -> Response:
+    core = core_of(request)
+    if model not in {facts.id for facts in core.models.facts()}:
+        return error_answer(
+            noted(NoSuchThing(f"the model {model!r} does not exist", param="model"), request)
+        )
+    return answer(_model(core, model))
+
+
+def _model(core: Core, model: str) -> dict[str, Any]:
+    return {
+        "id": model,
+        "object": "model",
+        "created": 0,
+        "owned_by": core.settings.name.lower(),
+        "model": model,
+        "url": core.settings.public_url or "",
+    }
+
+
+async def _serve(request: Request, kind: Kind) -> Response:
+    core = core_of(request)
+    try:
+        core.limiter.job(request)
+        wanted = purchase.parse(core, request, kind, await read_json(request))
+        bought = await purchase.buy(core, request, wanted)
+        if wanted.stream and kind is not Kind.EMBEDDING:
+            return await _streamed(core, wanted, bought)
+        return await _whole(core, request, wanted, bought)
+    except PaymentRequired as due:
+        return payment_answer(core, due)
+    except ClientGone:
+        return Response(status_code=499)
+    except Exception as error:
+        return error_answer(noted(error, request))
+
+
+def payment_answer(core: Core, due: PaymentRequired) -> Response:
+    """402 in this dialect."""
+    problem = Problem("payment_required", "pay the invoice and repeat the request", {})
+    body = shapes.error_body(problem, payment_body(core, due))
+    return answer(body, status=402, headers=due.offer.header)
+
+
+def error_answer(problem: Problem) -> Response:
+    """An error in this dialect."""
+    return answer(shapes.error_body(problem), status=problem.status, headers=problem.headers)
+
+
+async def _whole(
+    core: Core, request: Request, wanted: requests.Request, bought: Purchase
+) -> Response:
+    ended = await outcomes(core, request, bought)
+    jobs = list(zip(bought.job_ids, ended, strict=True))
+    headers = shapes.answer_headers(jobs)
+    if not any(shapes.answered(outcome) for outcome in ended):
+        problem = shapes.job_problem(ended[0], bought.job_ids[0])
+        body = shapes.error_body(problem)
+        return answer(body, status=problem.status, headers=headers | problem.headers)
+    body = shapes.combined(wanted.kind, jobs)
+    if wanted.base64_embeddings and wanted.kind is Kind.EMBEDDING:
+        body = shapes.base64_vectors(body)
+    return answer(body, headers=headers)
+
+
+async def _streamed(core: Core, wanted: requests.Request, bought: Purchase) -> Response:
+    stream = AnswerStream(core, wanted, bought)
+    try:
+        problem = await stream.first_output()
+    except BaseException:
+        await stream.close()
+        abandon(core, bought)
+        raise
+    if problem is not None:
+        await stream.close()
+        return error_answer(problem)
+    return EventStream(
+        stream.chunks(),
+        headers={"X-Satherd-Job": ",".join(bought.job_ids)},
+        on_gone=lambda: abandon(core, bought),
+    )

@@ -1,0 +1,188 @@
+"""Streaming answers of the OpenAI door: one or several jobs as chunks of one response."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from router import following, requests
+from router.api import openai_shapes as shapes
+from router.api import sse
+from router.api.errors import Problem
+from router.api.purchase import Purchase
+from router.core import Core
+from router.following import Event
+from router.job_states import State
+from router.job_views import Outcome
+from router.results import answer_id
+
+# How long a stream waits for its first output before the headers go out: what fails at once is then
+# still an HTTP error, and what waits longer keeps its line open with comments.
+FIRST_OUTPUT_S = 1.0
+DONE = b"data: [DONE]\n\n"
+
+Told = tuple[int, Event | None]
+
+
+class AnswerStream:
+    """The events of all jobs of a purchase, and the chunks that they become."""
+
+    def __init__(self, core: Core, wanted: requests.Request, bought: Purchase) -> None:
+        self._wanted = wanted
+        self._bought = bought
+        jobs = bought.job_ids
+        self._events = _one(core, jobs[0]) if len(jobs) == 1 else _several(core, jobs)
+        self._early: list[Told] = []
+        self._next: asyncio.Future[Told] | None = None
+
+    async def first_output(self) -> Problem | None:
+        """Wait a moment for output; the error of a job that ends without any is returned."""
+        until = time.monotonic() + FIRST_OUTPUT_S
+        while (left_s := until - time.monotonic()) > 0:
+            self._next = asyncio.ensure_future(anext(self._events))
+            await asyncio.wait({self._next}, timeout=left_s)
+            if not self._next.done():
+                return None
+            told = self._next.result()
+            self._next = None
+            self._early.append(told)
+            event = told[1]
+            if event is not None and event.kind == "chunk":
+                return None
+            if event is not None and event.outcome is not None:
+                return self._failed_alone(event.outcome)
+        return None
+
+    def _failed_alone(self, outcome: Outcome) -> Problem | None:
+        if len(self._bought.job_ids) > 1 or outcome.state is State.SUCCEEDED:
+            return None
+        return shapes.job_problem(outcome, self._bought.job_ids[0])
+
+    async def close(self) -> None:
+        """Stop reading."""
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+        await self._events.aclose()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body of the answer."""
+        try:
+            writer = _Writer(self._wanted, self._bought)
+            async for index, event in self._all():
+                for chunk in writer.write(index, event):
+                    yield chunk
+            for chunk in writer.closing():
+                yield chunk
+        finally:
+            await self.close()
+
+    async def _all(self) -> AsyncIterator[Told]:
+        for told in self._early:
+            yield told
+        if self._next is not None:
+            try:
+                told = await self._next
+            except StopAsyncIteration:
+                return
+            self._next = None
+            yield told
+        async for told in self._events:
+            yield told
+
+
+class _Writer:
+    """Turns events into chunks, and remembers what the last ones must say."""
+
+    def __init__(self, wanted: requests.Request, bought: Purchase) -> None:
+        self._include_usage = wanted.include_usage
+        self._job_ids = bought.job_ids
+        self._begun: set[int] = set()
+        self._ended: dict[int, Outcome] = {}
+        created_s = int(time.time())
+        self._choices = [
+            shapes.ChunkShape(
+                wanted.kind,
+                answer_id=answer_id(wanted.kind, bought.job_ids[0]),
+                model=item.spec.model,
+                created_s=created_s,
+                index=index,
+            )
+            for index, item in enumerate(wanted.items)
+        ]
+
+    def write(self, index: int, event: Event | None) -> list[bytes]:
+        if event is None:
+            return [sse.comment("waiting")]
+        if event.kind == "position":
+            return [sse.comment(f"position {event.data['position']}")]
+        if event.kind == "chunk":
+            delta = event.data.get("delta")
+            choice = self._choices[index]
+            said = choice.delta(delta) if delta else choice.text(event.data["text"])
+            return [*self._opening(index), said]
+        if event.outcome is not None:
+            self._ended[index] = event.outcome
+            return self._ending(index, event.outcome)
+        return []
+
+    def _opening(self, index: int) -> list[bytes]:
+        if index in self._begun:
+            return []
+        self._begun.add(index)
+        return [self._choices[index].first()]
+
+    def _ending(self, index: int, outcome: Outcome) -> list[bytes]:
+        choice = self._choices[index]
+        if not shapes.answered(outcome):
+            if len(self._job_ids) == 1:
+                problem = shapes.job_problem(outcome, self._job_ids[index])
+                return [sse.data(shapes.error_body(problem))]
+            return [choice.last("error", outcome.usage)]
+        assert outcome.result is not None
+        reason = outcome.result["choices"][0]["finish_reason"]
+        return [*self._opening(index), choice.last(reason, outcome.usage)]
+
+    def closing(self) -> list[bytes]:
+        """`[DONE]` says that every answer is whole in the database; errors end without it."""
+        jobs = [(job_id, self._ended[i]) for i, job_id in enumerate(self._job_ids)]
+        if not any(shapes.answered(outcome) for _, outcome in jobs):
+            return []
+        if not self._include_usage:
+            return [DONE]
+        only = jobs[0][1].usage if len(jobs) == 1 else None
+        return [self._choices[0].usage(only or shapes.total_usage(jobs)), DONE]
+
+
+async def _one(core: Core, job_id: str) -> AsyncGenerator[Told, None]:
+    async for event in following.follow(core.jobs, job_id):
+        yield 0, event
+
+
+async def _several(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told, None]:
+    """The events of several jobs, as they come."""
+    queue: asyncio.Queue[Told | Exception | None] = asyncio.Queue()
+
+    async def read(index: int, job_id: str) -> None:
+        try:
+            async for event in following.follow(core.jobs, job_id):
+                queue.put_nowait((index, event))
+        except Exception as error:
+            queue.put_nowait(error)
+        queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(read(i, job)) for i, job in enumerate(job_ids)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,170 @@
+"""Who pays: a prepaid key, a paid L402 credential, a claim token; or a 402 challenge.
+
+Authorization: Bearer sk-…            the key's account (any scheme word, QB-R2)
+Authorization: L402 token:preimage    the account of the invoice, once it is settled
+X-Claim-Token: …                      the same, for wallets that hide preimages
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from billing import accounts, l402
+from billing.accounts import Key
+from billing.errors import BadCredential
+from billing.invoices import IssuedInvoice, State
+from billing.l402_caveats import RequestFacts, write_caveats
+from billing.lightning import BackendError
+from router.core import Core
+
+_KEY = re.compile(r"(?:\S+\s+)?(sk-[A-Za-z0-9_-]{22})\s*\Z")
+_SETTLED = frozenset({State.PAID, State.LATE, State.UNDERPAID})
+
+
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """Who pays. `key` for a prepaid key; `payment_hash` for a credential or claim token."""
+
+    account_id: str
+    key: Key | None = None
+    payment_hash: str | None = None
+    purpose: str | None = None
+    reference: str | None = None
+
+    @property
+    def limited_key_id(self) -> str | None:
+        return self.key.id if self.key and self.key.limit_msat is not None else None
+
+    @property
+    def may_withdraw(self) -> bool:
+        return self.key.can_withdraw if self.key else True
+
+
+def facts(core: Core, capability: str, **about: Any) -> RequestFacts:
+    """What a credential's caveats are held against."""
+    return RequestFacts(now_unix_s=int(core.clock().timestamp()), capability=capability, **about)
+
+
+async def identify(core: Core, request: Request, about: RequestFacts) -> Payer | None:
+    """The payer of a request; None when it brings no credential at all.
+
+    Raises BadCredential. Reasons in `billing.l402.BUY_AGAIN` deserve a 402, the others a 401.
+    """
+    values = request.headers.getlist("authorization")
+    for value in values:
+        match = _KEY.match(value)
+        if match:
+            key = await core.keys.find(match[1])
+            return Payer(key.account_id, key=key)
+    credentials = l402.parse_authorization(values)
+    if credentials:
+        return await _by_l402(core, credentials, about)
+    claim = request.headers.get("x-claim-token")
+    if claim:
+        return await _by_claim(core, claim)
+    if any(value.strip() for value in values):
+        raise BadCredential("unknown")
+    return None
+
+
+async def _by_l402(core: Core, credentials: list[l402.Credential], about: RequestFacts) -> Payer:
+    try:
+        token = l402.verify(core.secrets, credentials)
+    except BadCredential as error:
+        if error.reason == "forged" and not await _known(core, credentials):
+            raise BadCredential("unknown") from None
+        raise
+    row = await _invoice(core, "payment_hash", token.payment_hash)
+    if row is None or row["token_id"].hex() != token.token_id:
+        raise BadCredential("unknown")
+    if row["state"] not in _SETTLED:
+        row = await _look_again(core, row)
+    token.admit(about, settled=row["state"] in _SETTLED)
+    return _payer(row)
+
+
+async def _known(core: Core, credentials: list[l402.Credential]) -> bool:
+    for credential in credentials:
+        for token in credential.tokens:
+            row = await _invoice(core, "payment_hash", token.payment_hash)
+            if row is not None and row["token_id"].hex() == token.token_id:
+                return True
+    return False
+
+
+async def _by_claim(core: Core, claim: str) -> Payer:
+    row = await _invoice(core, "claim_hash", accounts.hash_secret(claim))
+    if row is None:
+        raise BadCredential("unknown")
+    if row["state"] not in _SETTLED:
+        row = await _look_again(core, row)
+    if row["state"] not in _SETTLED:
+        raise BadCredential("unpaid")
+    return _payer(row)
+
+
+async def _look_again(core: Core, row: Any) -> Any:
+    """Our record may be a moment behind the node: ask it once."""
+    try:
+        await core.watcher.check(row["payment_hash"])
+    except BackendError:
+        return row
+    return await _invoice(core, "payment_hash", row["payment_hash"])
+
+
+async def _invoice(core: Core, column: str, value: Any) -> Any:
+    assert column in ("payment_hash", "claim_hash")
+    async with core.database.connection() as connection:
+        return await connection.fetchrow(f"select * from invoices where {column} = $1", value)
+
+
+def _payer(row: Any) -> Payer:
+    return Payer(
+        row["account_id"],
+        payment_hash=row["payment_hash"],
+        purpose=row["purpose"],
+        reference=row["reference"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An invoice with the credentials that its payment makes valid."""
+
+    issued: IssuedInvoice
+    token: str = field(repr=False)
+    simulated: bool
+    network: str
+
+    def as_json(self, core: Core) -> dict[str, Any]:
+        left_s = (self.issued.expires_at - core.clock()).total_seconds()
+        return {
+            "invoice": self.issued.bolt11,
+            "payment_hash": self.issued.payment_hash,
+            "amount_msat": self.issued.amount_msat,
+            "expires_at": self.issued.expires_at.isoformat().replace("+00:00", "Z"),
+            "expires_in_s": max(0, int(left_s)),
+            "l402_token": self.token,
+            "claim_token": self.issued.claim_token,
+            "network": self.network,
+            "simulated": self.simulated,
+        }
+
+    @property
+    def header(self) -> dict[str, str]:
+        return {"WWW-Authenticate": l402.challenge(self.token, self.issued.bolt11)}
+
+
+def offer(core: Core, issued: IssuedInvoice) -> Offer:
+    """The credentials for a fresh invoice."""
+    token = l402.mint(
+        core.secrets,
+        payment_hash=issued.payment_hash,
+        token_id=issued.token_id.hex(),
+        caveats=write_caveats(),
+    )
+    return Offer(issued, token, core.node.simulated, core.node.network)

@@ -1,0 +1,226 @@
+"""Buying jobs: from a request to jobs in the queue, whatever the door and the means of payment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from fastapi import Request
+
+from billing import ledger
+from billing.accounts import Key
+from billing.errors import BadCredential
+from billing.fees import format_multiplier
+from billing.l402 import BUY_AGAIN
+from router import requests
+from router.api import payment
+from router.api.payment import Offer, Payer
+from router.core import Core
+from router.errors import Draining, NotEnoughBalance, Paused, QueueFull
+from router.job_store import NewQuote
+from router.job_views import time_text
+from router.requests import Terms
+from worker.protocol import Kind
+
+CAPABILITIES = {
+    Kind.CHAT: "chat",
+    Kind.COMPLETION: "completions",
+    Kind.EMBEDDING: "embeddings",
+}
+MAX_IDEMPOTENCY_KEY = 255
+
+
+class PaymentRequired(Exception):
+    """The request is to be paid for: a quote, and an invoice for it."""
+
+    def __init__(self, quote: NewQuote, offer: Offer) -> None:
+        super().__init__("payment required")
+        self.quote = quote
+        self.offer = offer
+
+
+@dataclass(frozen=True, slots=True)
+class Purchase:
+    """Jobs that were bought. `cancel_when_gone`: a client that goes away takes its jobs with it."""
+
+    quote_id: str
+    job_ids: tuple[str, ...]
+    payer: Payer
+    cancel_when_gone: bool
+
+
+def parse(core: Core, request: Request, kind: Kind, body: Any) -> requests.Request:
+    """A checked request with the terms of its headers."""
+    headers = request.headers
+    terms: Terms = requests.terms_from(
+        multiplier=headers.get("x-fee-multiplier"),
+        max_fee_msat=headers.get("x-max-fee-msat"),
+        max_wait_s=headers.get("x-max-wait-s"),
+        limits=core.limits,
+    )
+    return requests.parse(kind, body, core.limits, terms)
+
+
+async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchase:
+    """Pay for a request and queue its jobs, or find those it had bought before.
+
+    Raises PaymentRequired with a fresh invoice, BadCredential for credentials that paying does not
+    mend, and what pricing and submitting raise. Nothing is charged for any of them.
+    """
+    about = payment.facts(
+        core,
+        CAPABILITIES[wanted.kind],
+        models=frozenset(item.spec.model for item in wanted.items),
+        max_tokens=wanted.max_tokens,
+        request_sha256=wanted.request_hash.hex(),
+    )
+    try:
+        payer = await payment.identify(core, request, about)
+    except BadCredential as error:
+        if error.reason not in BUY_AGAIN or request.headers.get("x-claim-token"):
+            raise
+        if _brings_key(request):
+            raise
+        payer = None
+    if payer is not None and payer.payment_hash is not None:
+        before = await _bought_before(core, payer, wanted)
+        if before is not None:
+            return before
+    refuse_when_closed(core)
+    if payer is None:
+        raise await _challenge(core, request, wanted)
+    return await _from_balance(core, request, wanted, payer)
+
+
+def _brings_key(request: Request) -> bool:
+    return any("sk-" in value for value in request.headers.getlist("authorization"))
+
+
+def refuse_when_closed(core: Core) -> None:
+    """Raises Paused, Draining, QueueFull: no new work is taken."""
+    if core.draining:
+        raise Draining("this router is shutting down; try again in a moment")
+    if core.runtime.paused is not None:
+        raise Paused(core.runtime.paused or "the operator has paused new work")
+    if core.market.queue_length >= core.settings.max_queue:
+        raise QueueFull("the queue is full; try again later")
+
+
+async def _bought_before(core: Core, payer: Payer, wanted: requests.Request) -> Purchase | None:
+    """The jobs that this credential has paid for with this very request."""
+    assert payer.payment_hash is not None
+    quote = await core.quotes.by_payment_hash(payer.payment_hash)
+    if quote is None or quote.state != "paid" or quote.request_hash != wanted.request_hash:
+        return None
+    return await _purchase(core, quote.id, payer, cancel_when_gone=False)
+
+
+async def _from_balance(
+    core: Core, request: Request, wanted: requests.Request, payer: Payer
+) -> Purchase:
+    once = _once(request, wanted, payer)
+    budget = None
+    if wanted.max_tokens is None and wanted.kind is not Kind.EMBEDDING:
+        budget = await _budget_msat(core, payer)
+    # Doors whose dialect waits are given time by their own defaults: a prepaid job may wait.
+    quote = await core.quotes.price(wanted, budget_msat=budget)
+    try:
+        submitted = await core.jobs.submit(
+            quote, account_id=payer.account_id, key_id=payer.limited_key_id, once=once
+        )
+    except NotEnoughBalance as error:
+        if payer.key is None:
+            raise await _challenge(core, request, wanted, account_id=payer.account_id) from None
+        raise _with_affordable(error, quote) from None
+    gone = payer.key is not None and "idempotency-key" not in request.headers
+    if submitted.repeated:
+        return await _purchase(core, submitted.quote_id, payer, cancel_when_gone=gone)
+    return Purchase(quote.id, tuple(job.id for job in quote.jobs), payer, gone)
+
+
+def _once(request: Request, wanted: requests.Request, payer: Payer) -> tuple[str, str] | None:
+    if payer.payment_hash is not None:
+        return f"l402:{payer.payment_hash}", wanted.request_hash.hex()
+    named = request.headers.get("idempotency-key")
+    return (payer.account_id, named[:MAX_IDEMPOTENCY_KEY]) if named else None
+
+
+async def _budget_msat(core: Core, payer: Payer) -> int:
+    async with core.database.connection() as connection:
+        balance_msat = await ledger.balance_msat(connection, ledger.client(payer.account_id))
+    return min(balance_msat, _limit_left_msat(payer.key, balance_msat))
+
+
+def _limit_left_msat(key: Key | None, balance_msat: int) -> int:
+    if key is None or key.limit_msat is None:
+        return balance_msat
+    return max(0, key.limit_msat - key.spent_msat)
+
+
+async def _purchase(core: Core, quote_id: str, payer: Payer, *, cancel_when_gone: bool) -> Purchase:
+    rows = await core.jobs.of_quote(quote_id)
+    return Purchase(quote_id, tuple(row["id"] for row in rows), payer, cancel_when_gone)
+
+
+async def _challenge(
+    core: Core, request: Request, wanted: requests.Request, *, account_id: str | None = None
+) -> PaymentRequired:
+    core.limiter.invoice(request)
+    quote = await core.quotes.price(wanted)
+    issued = await core.quotes.issue(quote, account_id=account_id)
+    return PaymentRequired(quote, payment.offer(core, issued))
+
+
+def _with_affordable(error: NotEnoughBalance, quote: NewQuote) -> NotEnoughBalance:
+    """Say how long an answer the balance would buy (OR-1)."""
+    balance_msat = error.facts["balance_msat"]
+    variable_msat = max(1, quote.offer_msat)
+    tokens = sum(job.max_tokens for job in quote.jobs) * balance_msat // variable_msat
+    return NotEnoughBalance(
+        f"{error.message}: the fee is {quote.offer_msat} msat and the balance {balance_msat} msat,"
+        f" which buys about {tokens} tokens",
+        **error.facts,
+        affordable_max_tokens=tokens,
+    )
+
+
+def quote_json(core: Core, quote: NewQuote, *, expires_in_s: int) -> dict[str, Any]:
+    """A quote as the contract shows it (§2)."""
+    first = quote.jobs[0]
+    milli = min(job.multiplier_milli for job in quote.jobs)
+    place = core.market.place(first.lane, first.multiplier_milli, first.model)
+    return {
+        "quote_id": quote.id,
+        "base_fee_msat": quote.base_fee_msat,
+        "offer_msat": quote.offer_msat,
+        "multiplier": format_multiplier(milli),
+        "expires_at": time_text(core.clock() + timedelta(seconds=expires_in_s)),
+        "expires_in_s": expires_in_s,
+        "prompt_tokens": sum(job.prompt_tokens for job in quote.jobs),
+        "max_tokens": sum(job.max_tokens for job in quote.jobs),
+        "fees": json.loads(first.rates),
+        "items": [
+            {
+                "model": job.model,
+                "base_fee_msat": job.base_fee_msat,
+                "offer_msat": job.offer_msat,
+                "prompt_tokens": job.prompt_tokens,
+                "max_tokens": job.max_tokens,
+            }
+            for job in quote.jobs
+        ],
+        "queue": place.as_json(),
+        "network": core.node.network,
+        "simulated": core.node.simulated,
+    }
+
+
+def payment_body(core: Core, due: PaymentRequired) -> dict[str, Any]:
+    """What a 402 says beside its error: the quote, the invoice, and what paying it opens."""
+    left_s = int((due.offer.issued.expires_at - core.clock()).total_seconds())
+    return {
+        "quote": quote_json(core, due.quote, expires_in_s=max(0, left_s)),
+        **due.offer.as_json(core),
+    }

@@ -1,0 +1,315 @@
+"""Composition root: the only place where the parts of a router are made and joined."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
+from billing.lightning import LightningBackend, NodeInfo
+from billing.lightning.connect import connect
+from billing.lightning_address import LightningAddresses
+from billing.outside_http import OutsideHttp
+from billing.outside_url import OutsideRules
+from billing.payout_settings import PayoutSettings
+from billing.payouts import PayoutRunner
+from billing.withdrawals import Withdrawals
+from router import job_store, workers
+from router.api import info, jobs, openai, simulated, worker_socket
+from router.api.middleware import BodyLimit, Cors
+from router.attempts import Attempts
+from router.core import Core
+from router.database import BatchingWriter, Database, migrate
+from router.dispatcher import Dispatcher
+from router.embedded_postgres import EmbeddedPostgres
+from router.job_stream import StreamHub
+from router.jobs import Jobs
+from router.key_ring import KeyRing
+from router.maintenance import Maintenance
+from router.market import Market
+from router.models import Models
+from router.quotes import Quotes
+from router.rate_limits import RateLimits
+from router.requests import Limits
+from router.runtime_settings import RuntimeSettings
+from router.secret_files import master_secrets, router_id
+from router.settings import Settings
+from router.worker_gate import WorkerGate
+from router.workers import Fleet
+
+log = logging.getLogger(__name__)
+
+SETTINGS_REFRESH_S = 2.0
+
+
+class CannotStart(Exception):
+    """The router cannot start as it is configured; the message says what to do."""
+
+
+def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
+    """The web application of one router; its parts start and stop with its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running_core(settings, clock=clock) as core:
+            app.state.core = core
+            if settings.simulated:
+                app.state.simulated_http = httpx.AsyncClient(
+                    base_url=settings.simulated_url or "", trust_env=False
+                )
+            yield
+            if settings.simulated:
+                await app.state.simulated_http.aclose()
+
+    app = FastAPI(
+        title="Satherd",
+        version=info.software_version(),
+        description="A Lightning-paid marketplace for LLM inference.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    for door in (info, jobs, openai, worker_socket):
+        app.include_router(door.router)
+    if settings.simulated:
+        app.include_router(simulated.router)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Cors)
+    return app
+
+
+@asynccontextmanager
+async def running_core(settings: Settings, *, clock: Callable = utc_now) -> AsyncIterator[Core]:
+    """All parts of a router, started in order and stopped in the reverse order."""
+    async with AsyncExitStack() as stack:
+        url = await _database_url(settings, stack)
+        await asyncio.to_thread(migrate, url)
+        database = await Database.open(url)
+        stack.push_async_callback(database.close)
+        backend = connect(settings.lightning, url=settings.simulated_url)
+        stack.push_async_callback(backend.aclose)
+        node = await _node(backend, settings)
+        core = _join(settings, database, backend, node, clock)
+        await _start(core, stack)
+        log.info(
+            "router started network=%s simulated=%s router=%s",
+            node.network,
+            node.simulated,
+            core.router_id,
+        )
+        yield core
+        log.info("router stops: no new work, what runs is finished")
+        await _drain(core)
+
+
+async def _database_url(settings: Settings, stack: AsyncExitStack) -> str:
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    postgres = EmbeddedPostgres(settings.data_dir / "postgres")
+    await stack.enter_async_context(postgres)
+    return postgres.url
+
+
+async def _node(backend: LightningBackend, settings: Settings) -> NodeInfo:
+    node = await backend.node_info()
+    if settings.lnurl_allow_private and node.network == "mainnet":
+        raise CannotStart("SATHERD_LNURL_ALLOW_PRIVATE is for development, never for mainnet")
+    if not node.simulated and not settings.admin_token.get_secret_value():
+        raise CannotStart("set SATHERD_ADMIN_TOKEN: this router handles real money")
+    return node
+
+
+def _join(
+    settings: Settings,
+    database: Database,
+    backend: LightningBackend,
+    node: NodeInfo,
+    clock: Callable,
+) -> Core:
+    secrets = master_secrets(settings)
+    this_router = router_id(settings)
+    fleet = Fleet()
+    models = Models(fleet)
+    hub = StreamHub()
+    market = Market(database, models)
+    writer = BatchingWriter(
+        database,
+        {
+            "submit": job_store.submit_many,
+            "claim": job_store.claim_many,
+            "end": lambda connection, rows: job_store.end_many(
+                connection, rows, wipe_after_s=settings.wipe_after_s
+            ),
+            "give_back": job_store.give_back_many,
+        },
+    )
+    attempts = Attempts(database, writer, models, market, hub, max_attempts=settings.max_attempts)
+    job_core = Jobs(
+        database,
+        writer,
+        models,
+        market,
+        hub,
+        attempts,
+        token_secret=hmac.new(secrets.current, b"job-tokens", hashlib.sha256).digest(),
+        max_multiplier=settings.max_multiplier,
+    )
+    addresses = LightningAddresses(
+        OutsideHttp(OutsideRules(allow_private=settings.lnurl_allow_private)),
+        network=node.network,
+        own_pubkey=node.pubkey,
+        now=clock,
+    )
+    watcher = InvoiceWatcher(
+        database.transaction,
+        backend,
+        lambda connection, credit: _on_credit(core, connection, credit),
+        clock=clock,
+    )
+    payouts = PayoutRunner(
+        database.transaction, backend, addresses, settings=_payout_settings(settings), clock=clock
+    )
+    gate = WorkerGate(database, settings, fleet, models, attempts, addresses, clock=clock)
+    core = Core(
+        settings=settings,
+        runtime=RuntimeSettings(settings),
+        limits=Limits(
+            max_n=settings.max_n,
+            image_prompt_tokens=settings.image_prompt_tokens,
+            max_multiplier=settings.max_multiplier,
+            max_wait_s=settings.max_wait_s,
+        ),
+        router_id=this_router,
+        clock=clock,
+        database=database,
+        writer=writer,
+        secrets=secrets,
+        backend=backend,
+        node=node,
+        watcher=watcher,
+        addresses=addresses,
+        payouts=payouts,
+        withdrawals=Withdrawals(
+            database.transaction,
+            backend,
+            addresses,
+            settings=_payout_settings(settings),
+            clock=clock,
+            on_planned=payouts.wake,
+        ),
+        keys=KeyRing(database),
+        limiter=RateLimits(settings),
+        fleet=fleet,
+        models=models,
+        market=market,
+        quotes=Quotes(
+            database, settings, models, backend, watcher, network=node.network, clock=clock
+        ),
+        jobs=job_core,
+        attempts=attempts,
+        gate=gate,
+        dispatcher=Dispatcher(
+            database,
+            writer,
+            fleet,
+            gate.assign,
+            router_id=this_router,
+            lease_s=settings.lease_s,
+            commission_ppm=lambda: settings.commission_ppm,
+            clock=clock,
+        ),
+        maintenance=Maintenance(
+            database,
+            settings,
+            fleet,
+            models,
+            hub,
+            attempts,
+            router_id=this_router,
+            clock=clock,
+        ),
+    )
+    attempts.on_work = core.dispatcher.wake
+    gate.on_idle = core.dispatcher.wake
+    return core
+
+
+def _payout_settings(settings: Settings) -> PayoutSettings:
+    return dataclasses.replace(
+        PayoutSettings(),
+        threshold_msat=settings.payout_threshold_msat,
+        interval_s=settings.payout_interval_s,
+    )
+
+
+async def _start(core: Core, stack: AsyncExitStack) -> None:
+    async with core.database.connection() as connection:
+        core.models.known = await workers.known_models(connection)
+        core.fleet.set_edges(await workers.load_edges(connection))
+        await core.runtime.load(connection)
+    for part in (
+        core.writer,
+        core.jobs.hub,
+        core.watcher,
+        core.dispatcher,
+        core.maintenance,
+        core.gate,
+        core.payouts,
+    ):
+        part.start()
+        stack.push_async_callback(part.stop)
+    lost = await core.maintenance.take_back_own()
+    if lost:
+        log.warning("%d jobs were running when this router last stopped", lost)
+    refresh = asyncio.create_task(_refresh_for_ever(core), name="runtime-settings")
+    stack.callback(refresh.cancel)
+
+
+async def _refresh_for_ever(core: Core) -> None:
+    """See what an admin has changed at another router."""
+    while True:
+        await asyncio.sleep(SETTINGS_REFRESH_S)
+        try:
+            async with core.database.connection() as connection:
+                await core.runtime.load(connection)
+            core.payouts.settings = _payout_settings(core.settings)
+        except Exception as error:
+            log.warning("settings not refreshed: %r", error)
+
+
+async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:
+    """What a payment starts, in the transaction that credits it; then what to tell the process."""
+    match credit.purpose:
+        case Purpose.QUOTE:
+            jobs_queued = await core.quotes.on_credit(connection, credit)
+            return partial(core.jobs.queued, jobs_queued)
+        case Purpose.BUMP:
+            job_id, _, offer_msat = credit.reference.partition(":")
+            await core.jobs.bump_in(connection, job_id, int(offer_msat))
+            return core.dispatcher.wake
+        case Purpose.TOPUP:
+            return None
+
+
+async def _drain(core: Core) -> None:
+    """Take nothing new; let what runs finish for a while; give back the rest."""
+    core.draining = True
+    core.dispatcher.paused = True
+    core.gate.drain_all()
+    try:
+        async with asyncio.timeout(core.settings.drain_s):
+            while core.attempts.running:
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        log.warning("%d jobs are given back unfinished", len(core.attempts.running))
+    await core.gate.close_all()

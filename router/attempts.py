@@ -1,0 +1,372 @@
+"""A job while a worker has it, and every way in which a job ends.
+
+    begin ─▶ said, said, … ─▶ finish                       succeeded, settled
+                          └─▶ cancel                        cancelled, settled as it stands
+                          └─▶ fail ─┬─▶ nothing shown: it waits again, in its old place
+                                    └─▶ something shown, or too often: failed, the rest refunded
+
+An ending goes one way: `end` writes it, with its transfers, through the batching writer, and only
+after the commit tells the readers. While the database is away an ending waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from router import charging, results
+from router.charging import NOTHING, Charge, Delivered
+from router.database import BatchingWriter, Database, DatabaseUnavailable
+from router.job_states import Event, State
+from router.job_store import Claimed, Ended, Ending, GiveBack
+from router.job_stream import JobStream, StreamHub
+from router.job_views import Outcome, outcome_of
+from router.market import Market
+from router.models import Models
+from router.workers import Worker
+from worker.protocol import FinishReason, Kind, Usage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class RunningAttempt:
+    """A job on a worker of this router. `stop` tells the worker to stop; twice is harmless.
+
+    `settled` is set by whoever ends the attempt first; all others then leave it alone.
+    """
+
+    claimed: Claimed
+    worker: Worker
+    stream: JobStream
+    stop: Callable[[], None]
+    counted: bool = True
+    worker_tokens: int = 0
+    chunks: int = 0
+    began_at: float = field(default_factory=time.monotonic)
+    progress_at: float = field(default_factory=time.monotonic)
+    first_token_at: datetime | None = None
+    settled: bool = False
+
+    def delivered(self, usage: Usage | None = None) -> Delivered:
+        """What has reached the router, with the worker's counts where it gave any."""
+        if usage is not None:
+            return Delivered(self.stream.utf8_bytes, usage.completion_tokens, usage.prompt_tokens)
+        counted = self.counted and self.chunks > 0
+        return Delivered(self.stream.utf8_bytes, self.worker_tokens if counted else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a job ends with: the result in OpenAI's shape, and its usage."""
+
+    result: dict[str, Any]
+    usage: dict[str, Any]
+
+
+class Attempts:
+    """The jobs that run on workers of this router."""
+
+    def __init__(
+        self,
+        database: Database,
+        writer: BatchingWriter,
+        models: Models,
+        market: Market,
+        hub: StreamHub,
+        *,
+        max_attempts: int,
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._models = models
+        self._market = market
+        self._hub = hub
+        self._max_attempts = max_attempts
+        self._endings: set[asyncio.Task] = set()
+        self.running: dict[str, RunningAttempt] = {}
+        self.on_work: Callable[[], None] = lambda: None
+
+    def begin(self, claimed: Claimed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
+        """A claimed job goes to a worker."""
+        stream = self._hub.open(claimed.job_id, State.QUEUED)
+        stream.restart(State.RUNNING, claimed.attempt)
+        running = RunningAttempt(claimed, worker, stream, stop)
+        self.running[claimed.job_id] = running
+        self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
+        log.info(
+            "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
+        )
+        return running
+
+    def said(
+        self, running: RunningAttempt, text: str, delta: dict[str, Any] | None, tokens: int | None
+    ) -> None:
+        """Output of a worker; it goes to the readers at once."""
+        running.progress_at = time.monotonic()
+        running.chunks += 1
+        if tokens is None:
+            running.counted = False
+        else:
+            running.worker_tokens += tokens
+        if running.first_token_at is None:
+            running.first_token_at = datetime.now(UTC)
+        running.stream.push(text, delta)
+
+    def finish(
+        self,
+        running: RunningAttempt,
+        reason: FinishReason,
+        usage: Usage | None,
+        data: list[list[float]] | None,
+    ) -> None:
+        """The worker is done; the job's ending is written in the background."""
+        if not running.settled:
+            running.settled = True
+            self._background(self._finish(running, reason, usage, data))
+
+    def fail(
+        self, running: RunningAttempt, *, outcome: str, blame: str, error: str, retry: bool = True
+    ) -> None:
+        """The attempt has failed or its worker is lost: the job waits again, or ends.
+
+        `blame` is worker, job, router or nobody; `outcome` and `error` go into the record.
+        """
+        if not running.settled:
+            running.settled = True
+            self._background(self._fail(running, outcome, blame, error, retry))
+
+    async def cancel(self, job_id: str, reason: str) -> bool:
+        """Stop a job that runs here and settle it as it stands. False: it does not run here."""
+        running = self.running.get(job_id)
+        if running is None:
+            return False
+        if running.settled:
+            # Somebody else is writing its ending; that one counts.
+            while self.running.get(job_id) is running:
+                await running.stream.changed()
+            return True
+        running.settled = True
+        running.stop()
+        delivered = running.delivered()
+        charged = charging.charge(running.claimed, delivered, with_prompt_fee=True)
+        answer = self._answer(running, "stop", delivered, charged, None)
+        await self._end_running(running, Event.CANCEL, reason, charged, answer, "cancelled")
+        return True
+
+    async def _finish(
+        self,
+        running: RunningAttempt,
+        reason: FinishReason,
+        usage: Usage | None,
+        data: list[list[float]] | None,
+    ) -> None:
+        delivered = running.delivered(usage)
+        charged = charging.charge(running.claimed, delivered, with_prompt_fee=True)
+        answer = self._answer(running, reason.value, delivered, charged, data)
+        await self._end_running(running, Event.FINISH, reason.value, charged, answer, "succeeded")
+        running.worker.succeeded(
+            running.claimed.model,
+            tokens=delivered.worker_tokens or charged.output_tokens,
+            seconds=time.monotonic() - running.began_at,
+        )
+
+    async def _fail(
+        self, running: RunningAttempt, outcome: str, blame: str, error: str, retry: bool
+    ) -> None:
+        claimed = running.claimed
+        log.warning(
+            "attempt failed job=%s attempt=%d worker=%s outcome=%s blame=%s",
+            claimed.job_id,
+            claimed.attempt,
+            claimed.worker_id,
+            outcome,
+            blame,
+        )
+        if blame == "worker":
+            running.worker.failed_by_own_fault()
+        shown = running.stream.shown and running.stream.length > 0
+        if shown:
+            delivered = running.delivered()
+            charged = charging.charge(claimed, delivered, with_prompt_fee=False)
+            answer = self._answer(running, None, delivered, charged, None)
+            await self._end_running(
+                running, Event.FAIL, "worker_lost", charged, answer, outcome, blame, error
+            )
+        elif retry and claimed.attempt < self._max_attempts:
+            await self._give_back(running, outcome, blame, error)
+        else:
+            reason = outcome if blame == "job" else "attempts_exhausted"
+            await self._end_running(
+                running, Event.FAIL, reason, NOTHING, None, outcome, blame, error
+            )
+
+    def _answer(
+        self,
+        running: RunningAttempt,
+        finish_reason: str | None,
+        delivered: Delivered,
+        charged: Charge,
+        data: list[list[float]] | None,
+    ) -> Answer:
+        claimed = running.claimed
+        usage = charging.usage(claimed, delivered, charged)
+        result = results.result(
+            Kind(claimed.kind),
+            job_id=claimed.job_id,
+            model=claimed.model,
+            created_s=int(claimed.started_at.timestamp()),
+            text=running.stream.text(),
+            deltas=running.stream.all_deltas(),
+            data=data,
+            finish_reason=finish_reason,
+            usage=usage,
+        )
+        return Answer(result, usage)
+
+    async def _end_running(
+        self,
+        running: RunningAttempt,
+        event: Event,
+        reason: str,
+        charged: Charge,
+        answer: Answer | None,
+        outcome: str,
+        blame: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        ending = Ending(
+            running.claimed.job_id,
+            event,
+            reason,
+            attempt=running.claimed.attempt,
+            charge_msat=charged.charge_msat,
+            payee=running.worker.id if running.worker.payable else None,
+            result=orjson.dumps(answer.result).decode() if answer else None,
+            usage=orjson.dumps(answer.usage).decode() if answer else None,
+            first_token_at=running.first_token_at,
+            outcome=outcome,
+            blame=blame,
+            error=error,
+            tokens=running.worker_tokens,
+            had_chunks=running.stream.kept > 0,
+        )
+        await self.end(ending, running, answer)
+
+    async def _give_back(
+        self, running: RunningAttempt, outcome: str, blame: str, error: str
+    ) -> None:
+        await self.give_back(running.claimed, outcome, blame, error)
+        self._forget(running)
+        self.on_work()
+
+    async def give_back(self, claimed: Claimed, outcome: str, blame: str, error: str) -> None:
+        """Let a job wait again whose attempt came to nothing; it keeps its place."""
+        lane = self._models.lane(
+            Kind(claimed.kind),
+            claimed.model,
+            prompt_tokens=claimed.prompt_tokens,
+            max_tokens=claimed.max_tokens,
+        )
+        back = GiveBack(claimed.job_id, claimed.attempt, lane, outcome, blame, error)
+        if await self._certainly("give_back", back):
+            stream = self._hub.get(claimed.job_id)
+            if stream is not None and stream.outcome is None:
+                stream.restart(State.QUEUED, claimed.attempt)
+
+    async def end(
+        self,
+        ending: Ending,
+        running: RunningAttempt | None = None,
+        answer: Answer | None = None,
+    ) -> None:
+        """Write an ending and tell the readers; nothing happens to a job that is not in a state
+        for it, except that its readers are told how it ended before."""
+        try:
+            ended: Ended | None = await self._certainly("end", ending)
+            if ended is not None:
+                self.tell_ended(ending.job_id, _outcome(ending, ended, running, answer))
+                return
+            row = await self._row(ending.job_id)
+            before = outcome_of(row) if row is not None else None
+            if before is not None:
+                self.tell_ended(ending.job_id, before)
+        finally:
+            # Whatever happened, its lease is not renewed any more: what is not ended will be lost.
+            if running is not None:
+                self._forget(running)
+                running.stream.wake()
+
+    def tell_ended(self, job_id: str, outcome: Outcome) -> None:
+        """Give a committed outcome to whoever reads this job here."""
+        log.info(
+            "job ended job=%s state=%s reason=%s charged_msat=%d refunded_msat=%d",
+            job_id,
+            outcome.state.value,
+            outcome.end_reason,
+            outcome.charged_msat,
+            outcome.refunded_msat,
+        )
+        stream = self._hub.get(job_id)
+        if stream is not None and stream.outcome is None:
+            stream.end(outcome)
+            if not stream.readers:
+                self._hub.drop(job_id)
+
+    async def settle_all(self) -> None:
+        """Wait until all endings under way are written."""
+        while self._endings:
+            await asyncio.wait(set(self._endings))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._ending_done)
+
+    def _ending_done(self, task: asyncio.Task) -> None:
+        self._endings.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an ending could not be written", exc_info=task.exception())
+
+    async def _row(self, job_id: str) -> Any:
+        while True:
+            try:
+                async with self._database.connection() as connection:
+                    return await connection.fetchrow("select * from jobs where id = $1", job_id)
+            except DatabaseUnavailable:
+                await asyncio.sleep(0.5)
+
+    async def _certainly(self, kind: str, row: Any) -> Any:
+        """Write until it is known to be written; the guards make a second time harmless."""
+        pause_s = 0.05
+        while True:
+            try:
+                return await self._writer.write(kind, row)
+            except DatabaseUnavailable:
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, 2)
+
+    def _forget(self, running: RunningAttempt) -> None:
+        if self.running.get(running.claimed.job_id) is running:
+            del self.running[running.claimed.job_id]
+
+
+def _outcome(
+    ending: Ending, ended: Ended, running: RunningAttempt | None, answer: Answer | None
+) -> Outcome:
+    return Outcome(
+        state=ended.state,
+        end_reason=ending.end_reason,
+        held_msat=ended.held_msat,
+        charged_msat=ended.charged_msat,
+        worker_id=running.claimed.worker_id if running else None,
+        usage=answer.usage if answer else None,
+        result=answer.result if answer else None,
+    )

@@ -1,0 +1,61 @@
+"""The parts of a running router, joined by `router.app` and handed to the front doors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from billing.invoices import InvoiceWatcher
+from billing.l402 import MasterSecrets
+from billing.lightning import LightningBackend, NodeInfo
+from billing.lightning_address import LightningAddresses
+from billing.payouts import PayoutRunner
+from billing.withdrawals import Withdrawals
+from router.attempts import Attempts
+from router.database import BatchingWriter, Database
+from router.dispatcher import Dispatcher
+from router.jobs import Jobs
+from router.key_ring import KeyRing
+from router.maintenance import Maintenance
+from router.market import Market
+from router.models import Models
+from router.quotes import Quotes
+from router.rate_limits import RateLimits
+from router.requests import Limits
+from router.runtime_settings import RuntimeSettings
+from router.settings import Settings
+from router.worker_gate import WorkerGate
+from router.workers import Fleet
+
+
+@dataclass(slots=True)
+class Core:
+    """Everything a front door may need. `node` is what the Lightning node said at the start."""
+
+    settings: Settings
+    runtime: RuntimeSettings
+    limits: Limits
+    router_id: str
+    clock: Callable[[], datetime]
+    database: Database
+    writer: BatchingWriter
+    secrets: MasterSecrets
+    backend: LightningBackend
+    node: NodeInfo
+    watcher: InvoiceWatcher
+    addresses: LightningAddresses
+    payouts: PayoutRunner
+    withdrawals: Withdrawals
+    keys: KeyRing
+    fleet: Fleet
+    models: Models
+    market: Market
+    quotes: Quotes
+    jobs: Jobs
+    limiter: RateLimits
+    attempts: Attempts
+    gate: WorkerGate
+    dispatcher: Dispatcher
+    maintenance: Maintenance
+    draining: bool = False

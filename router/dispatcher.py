@@ -1,0 +1,137 @@
+"""Gives the dearest job that fits to each idle worker.
+
+One task wakes when a job is queued or a slot becomes free, and once a second in case another router
+queued something. It looks at the heads of the lanes that idle workers drain, matches them in memory,
+and claims all matches in one batch; a claim that another router won is simply looked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+
+from router.database import BatchingWriter, Database, DatabaseUnavailable
+from router.job_queue import Candidate, heads
+from router.job_store import Claim, Claimed
+from router.workers import Fleet, Worker
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+# Heads looked at beyond the number of free slots: some may fit nobody who is idle.
+SPARE_HEADS = 16
+
+
+def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:
+    """Who gets which job, in the order of the queue. Pure.
+
+    A worker that had the job before gets it again only when nobody else could.
+    """
+    free = {worker.id: worker.free_slots for worker in fleet.idle()}
+    pairs = []
+    for candidate in candidates:
+        able = fleet.draining_lane(candidate.lane)
+        fresh = [worker for worker in able if worker.id not in candidate.tried_by]
+        idle = [worker for worker in fresh or able if free.get(worker.id, 0) > 0]
+        if idle:
+            model = candidate.lane.split("/", 3)[3]
+            best = max(idle, key=lambda worker: worker.merit(model))
+            free[best.id] -= 1
+            pairs.append((candidate, best))
+    return pairs
+
+
+class Dispatcher:
+    """The loop that empties the queue into idle workers."""
+
+    def __init__(
+        self,
+        database: Database,
+        writer: BatchingWriter,
+        fleet: Fleet,
+        assign: Callable[[Claimed, Worker], None],
+        *,
+        router_id: str,
+        lease_s: int,
+        commission_ppm: Callable[[], int],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._fleet = fleet
+        self._assign = assign
+        self._router_id = router_id
+        self._lease = timedelta(seconds=lease_s)
+        self._commission_ppm = commission_ppm
+        self._clock = clock
+        self._awake = asyncio.Event()
+        self._task: asyncio.Task | None = None
+        self.paused = False
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._awake.set()
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="dispatcher")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._awake.clear()
+            try:
+                while not self.paused and await self.dispatch_once():
+                    pass
+            except DatabaseUnavailable as error:
+                log.warning("no dispatch while the database is away: %s", error)
+                await asyncio.sleep(0.5)
+            except Exception:
+                log.exception("dispatch failed, going on")
+                await asyncio.sleep(0.5)
+            handle = asyncio.get_running_loop().call_later(POLL_S, self._awake.set)
+            await self._awake.wait()
+            handle.cancel()
+
+    async def dispatch_once(self) -> bool:
+        """Match and claim once; True when another look may find more."""
+        idle = self._fleet.idle()
+        if not idle:
+            return False
+        lanes = sorted({lane for worker in idle for lane in worker.lanes})
+        most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
+        async with self._database.connection() as connection:
+            candidates = await heads(connection, lanes, most=most)
+        pairs = match(candidates, self._fleet)
+        if not pairs:
+            return False
+        results = await asyncio.gather(
+            *(self._claim(candidate, worker) for candidate, worker in pairs)
+        )
+        # Whoever lost all races looks again at once: the queue is not empty, only contested.
+        return any(results) or len(candidates) >= most
+
+    async def _claim(self, candidate: Candidate, worker: Worker) -> bool:
+        worker.busy.add(candidate.job_id)
+        claim = Claim(
+            candidate.job_id,
+            worker.id,
+            self._router_id,
+            self._commission_ppm(),
+            self._clock() + self._lease,
+        )
+        try:
+            claimed: Claimed | None = await self._writer.write("claim", claim)
+        except BaseException:
+            worker.busy.discard(candidate.job_id)
+            raise
+        if claimed is None:
+            worker.busy.discard(candidate.job_id)
+            return False
+        self._assign(claimed, worker)
+        return True

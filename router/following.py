@@ -1,0 +1,218 @@
+"""Reading a job while it happens, or after: events for streams, outcomes for those who just wait.
+
+state     it moved; `attempt` tells a reader of a lost attempt to start over
+position  its place in the queue has changed
+chunk     output from `seq` on
+done      it ended, and the ending is in the database
+(None)    nothing new: a moment to keep the line open
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from router.database import DatabaseUnavailable
+from router.errors import JobWiped
+from router.job_states import State
+from router.job_stream import JobStream, Piece, pieces_after, place, seq_of
+from router.job_views import Outcome, outcome_of
+from router.jobs import Jobs
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One of the events above. `seq` is the reader's place after it."""
+
+    kind: str
+    seq: int
+    data: dict[str, Any]
+    outcome: Outcome | None = None
+
+
+async def outcome(jobs: Jobs, job_id: str) -> Outcome:
+    """Wait for a job's end. Raises JobWiped when its answer has been deleted."""
+    stream = jobs.hub.get(job_id)
+    if stream is None:
+        stream, row = await _attach(jobs, job_id)
+        if stream is None:
+            return _readable(outcome_of(row))
+    stream.readers += 1
+    try:
+        while stream.outcome is None:
+            await stream.changed()
+        return stream.outcome
+    finally:
+        _leave(jobs, stream)
+
+
+async def follow(
+    jobs: Jobs, job_id: str, *, after_seq: int | None = None, positions: bool = True
+) -> AsyncIterator[Event | None]:
+    """The events of a job from a reader's place on, until `done`.
+
+    Raises NoSuchJob, JobWiped before the first event.
+    """
+    attempt_had, characters_had = place(after_seq)
+    stream = jobs.hub.get(job_id)
+    if stream is None:
+        stream, row = await _attach(jobs, job_id)
+        if stream is None:
+            for event in _stored(row, attempt_had, characters_had):
+                yield event
+            return
+    stream.readers += 1
+    try:
+        reader = _Reader(jobs, stream, attempt_had, characters_had, positions)
+        async for event in reader.events():
+            yield event
+    finally:
+        _leave(jobs, stream)
+
+
+class _Reader:
+    """One reader's place in a stream in memory."""
+
+    def __init__(
+        self, jobs: Jobs, stream: JobStream, attempt: int, characters: int, positions: bool
+    ) -> None:
+        self._jobs = jobs
+        self._stream = stream
+        self._attempt = attempt
+        self._index = 0
+        self._characters = characters
+        self._version = -1
+        self._positions = positions
+        self._place: dict[str, Any] | None = None
+        self._looked_at = 0.0
+        if attempt != stream.attempt:
+            self._characters = 0
+
+    async def events(self) -> AsyncIterator[Event | None]:
+        stream = self._stream
+        while True:
+            if self._version != stream.version:
+                self._version = stream.version
+                if self._attempt != stream.attempt:
+                    self._attempt, self._characters = stream.attempt, 0
+                self._index = 0
+                data = {"state": stream.state.value, "attempt": stream.attempt}
+                yield Event("state", self._seq(), data)
+            for event in self._chunks():
+                yield event
+            if stream.outcome is not None:
+                yield Event("done", self._seq(), {}, stream.outcome)
+                return
+            if stream.state is State.QUEUED and self._positions:
+                event = await self._position()
+                if event is not None:
+                    yield event
+                    continue
+            if self._has_news():
+                continue
+            await stream.changed()
+            if not self._has_news():
+                yield None
+
+    def _has_news(self) -> bool:
+        stream = self._stream
+        return (
+            self._version != stream.version
+            or self._index < len(stream.pieces)
+            or stream.outcome is not None
+        )
+
+    def _seq(self) -> int:
+        return seq_of(self._attempt, self._characters)
+
+    def _chunks(self) -> list[Event]:
+        pieces = self._stream.pieces
+        if self._index >= len(pieces):
+            return []
+        new = pieces_after(pieces[self._index :], self._characters)
+        self._index = len(pieces)
+        # Only a stream that somebody reads has been shown: the charge of a lost job depends on it.
+        self._stream.shown = True
+        return [self._event(piece) for piece in _joined(new)]
+
+    def _event(self, piece: Piece) -> Event:
+        self._characters = piece.end
+        data = {"text": piece.text} if piece.delta is None else {"delta": piece.delta}
+        return Event("chunk", self._seq(), data)
+
+    async def _position(self) -> Event | None:
+        if time.monotonic() - self._looked_at < self._jobs.hub.TICK_S - 0.1:
+            return None
+        self._looked_at = time.monotonic()
+        try:
+            row = await self._jobs.row(self._stream.job_id)
+            if row["state"] != State.QUEUED:
+                return None
+            place_now = (await self._jobs.place(row)).as_json()
+        except DatabaseUnavailable:
+            return None
+        if place_now == self._place:
+            return None
+        self._place = place_now
+        return Event("position", self._seq(), place_now)
+
+
+async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
+    """The stream of a job that is alive, or its row if it has ended."""
+    row = await jobs.row(job_id)
+    if outcome_of(row) is not None:
+        return None, row
+    stream = jobs.hub.open(job_id, State(row["state"]), row["attempt"])
+    # It may have ended between our look and our opening: then nobody would ever tell this stream.
+    row = await jobs.row(job_id)
+    ended = outcome_of(row)
+    if ended is not None and stream.outcome is None:
+        jobs.hub.drop(job_id)
+        return None, row
+    return stream, row
+
+
+def _stored(row: Any, attempt_had: int, characters_had: int) -> list[Event]:
+    """The events of a job that has ended, from its stored answer."""
+    ended = _readable(outcome_of(row))
+    attempt = row["attempt"]
+    had = characters_had if attempt_had == attempt else 0
+    events = [
+        Event("state", seq_of(attempt, had), {"state": ended.state.value, "attempt": attempt})
+    ]
+    text = answer_text(ended)
+    if len(text) > had:
+        events.append(Event("chunk", seq_of(attempt, len(text)), {"text": text[had:]}))
+    events.append(Event("done", seq_of(attempt, len(text)), {}, ended))
+    return events
+
+
+def _readable(ended: Outcome | None) -> Outcome:
+    assert ended is not None
+    if ended.wiped:
+        raise JobWiped("the answer has been deleted")
+    return ended
+
+
+def answer_text(ended: Outcome) -> str:
+    """The text of a chat or completion answer; empty for other kinds, or without an answer."""
+    for choice in (ended.result or {}).get("choices", ()):
+        return choice.get("text") or (choice.get("message") or {}).get("content") or ""
+    return ""
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbouring texts as one piece: a reader that is behind catches up in one event."""
+    if len(pieces) < 2:
+        return pieces
+    if all(piece.delta is None for piece in pieces):
+        return [Piece(pieces[0].start, "".join(piece.text for piece in pieces), None)]
+    return pieces
+
+
+def _leave(jobs: Jobs, stream: JobStream) -> None:
+    stream.readers -= 1
+    if stream.outcome is not None and not stream.readers:
+        jobs.hub.drop(stream.job_id)

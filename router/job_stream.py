@@ -1,0 +1,181 @@
+"""What a running job says, as it says it: publish, follow from a place, keep for later readers.
+
+A stream lives in memory on the router whose worker runs the job. Output goes from the worker's frame
+to the readers without waiting for a database; `router.maintenance` keeps what has been said for
+readers that come later, and the whole answer is in the database before `done` is published.
+
+The place of a reader is `seq`: the number of characters of the answer up to there (a delta that is
+not text counts one), plus ATTEMPT_STEP for each attempt before this one. It can be had again from the
+stored answer, so a reader may resume at any router, and a reader of a lost attempt is told to start
+over and never shown a mixture of two answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from router.job_states import State
+from router.job_views import Outcome
+
+ATTEMPT_STEP = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the answer that starts at `start`; exactly one of text and delta is given."""
+
+    start: int
+    text: str
+    delta: dict[str, Any] | None
+
+    @property
+    def end(self) -> int:
+        return self.start + (len(self.text) if self.delta is None else 1)
+
+
+class JobStream:
+    """The answer of one job so far, and those who wait for more of it."""
+
+    __slots__ = (
+        "_waiting",
+        "attempt",
+        "deltas",
+        "job_id",
+        "kept",
+        "length",
+        "outcome",
+        "pieces",
+        "readers",
+        "shown",
+        "state",
+        "utf8_bytes",
+        "version",
+    )
+
+    def __init__(self, job_id: str, state: State, attempt: int = 0) -> None:
+        self.job_id = job_id
+        self.state = state
+        self.attempt = attempt
+        self.pieces: list[Piece] = []
+        self.length = 0
+        self.utf8_bytes = 0
+        self.deltas = 0
+        self.kept = 0  # how many pieces are in the database
+        self.readers = 0
+        self.shown = False  # whether anybody has been given output of this attempt
+        self.outcome: Outcome | None = None  # set once the job's ending is committed
+        self.version = 0  # grows with every change of state
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def restart(self, state: State, attempt: int) -> None:
+        """A new attempt, or back in the queue: what was said before is void."""
+        self.state = state
+        self.attempt = attempt
+        self.pieces = []
+        self.length = self.utf8_bytes = self.deltas = self.kept = 0
+        self.shown = False
+        self.version += 1
+        self.wake()
+
+    def push(self, text: str, delta: dict[str, Any] | None = None) -> None:
+        """Append output and wake the readers."""
+        if delta is not None:
+            self.pieces.append(Piece(self.length, "", delta))
+            self.length += 1
+            self.deltas += 1
+        if text:
+            self.pieces.append(Piece(self.length, text, None))
+            self.length += len(text)
+            self.utf8_bytes += len(text.encode())
+        self.wake()
+
+    def end(self, outcome: Outcome) -> None:
+        """The job has ended and its ending is committed."""
+        self.state = outcome.state
+        self.outcome = outcome
+        self.version += 1
+        self.wake()
+
+    def wake(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+        self._waiting.clear()
+
+    async def changed(self) -> None:
+        """Wait for the next change, or for the hub's tick."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def all_deltas(self) -> list[dict[str, Any]]:
+        return [piece.delta for piece in self.pieces if piece.delta is not None]
+
+
+class StreamHub:
+    """The streams of this process, by job."""
+
+    TICK_S = 2.0
+
+    def __init__(self) -> None:
+        self._streams: dict[str, JobStream] = {}
+        self._task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._tick(), name="stream-tick")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def get(self, job_id: str) -> JobStream | None:
+        return self._streams.get(job_id)
+
+    def open(self, job_id: str, state: State, attempt: int = 0) -> JobStream:
+        """The stream of a job that is alive; made when it is not there."""
+        stream = self._streams.get(job_id)
+        if stream is None:
+            stream = self._streams[job_id] = JobStream(job_id, state, attempt)
+        return stream
+
+    def drop(self, job_id: str) -> None:
+        self._streams.pop(job_id, None)
+
+    def all(self) -> Iterable[JobStream]:
+        return list(self._streams.values())
+
+    async def _tick(self) -> None:
+        # One timer for all: readers use it to show positions and to keep their lines open.
+        while True:
+            await asyncio.sleep(self.TICK_S)
+            for stream in self.all():
+                if stream.outcome and not stream.readers:
+                    self.drop(stream.job_id)
+                stream.wake()
+
+
+def place(seq: int | None) -> tuple[int, int]:
+    """(attempt, characters) of a `seq` that a reader has; (0, 0) when it has none."""
+    if not seq or seq < 0:
+        return 0, 0
+    return seq // ATTEMPT_STEP + 1, seq % ATTEMPT_STEP
+
+
+def seq_of(attempt: int, characters: int) -> int:
+    return max(0, attempt - 1) * ATTEMPT_STEP + characters
+
+
+def pieces_after(pieces: list[Piece], characters: int) -> list[Piece]:
+    """What comes after the first `characters`, with the first piece cut where it must be."""
+    rest = [piece for piece in pieces if piece.end > characters]
+    if rest and rest[0].start < characters and rest[0].delta is None:
+        cut = characters - rest[0].start
+        rest[0] = Piece(characters, rest[0].text[cut:], None)
+    return rest

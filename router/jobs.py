@@ -1,0 +1,228 @@
+"""The core that every door calls: submit, look up, cancel, bump.
+
+What happens to a job while a worker has it, and how it ends, is in `router.attempts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from billing import fees, ledger
+from billing.errors import InsufficientFunds
+from billing.ledger import Transfer
+from router import job_queue
+from router.attempts import Attempts
+from router.database import BatchingWriter, Database
+from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
+from router.job_states import Event, State
+from router.job_store import Ending, NewQuote, Submission, Submitted
+from router.job_stream import StreamHub
+from router.job_views import Outcome, job_view, outcome_of
+from router.market import Market, Place
+from router.models import Models
+from worker.protocol import Kind
+
+log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """All jobs of this market, as clients see them."""
+
+    def __init__(
+        self,
+        database: Database,
+        writer: BatchingWriter,
+        models: Models,
+        market: Market,
+        hub: StreamHub,
+        attempts: Attempts,
+        *,
+        token_secret: bytes,
+        max_multiplier: int,
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._models = models
+        self._market = market
+        self._attempts = attempts
+        self._token_secret = token_secret
+        self._max_multiplier = max_multiplier
+        self.hub = hub
+
+    async def submit(
+        self,
+        quote: NewQuote,
+        *,
+        account_id: str,
+        key_id: str | None = None,
+        once: tuple[str, str] | None = None,
+    ) -> Submitted:
+        """Pay a quote's jobs from a balance and queue them.
+
+        Raises NotEnoughBalance, IdempotencyConflict. Twice with the same `once`: done once.
+        """
+        for job in quote.jobs:
+            self.hub.open(job.id, State.QUEUED)
+        submitted: Submitted | None = None
+        try:
+            submitted = await self._writer.write(
+                "submit", Submission(quote, account_id, key_id, once)
+            )
+        finally:
+            if submitted is None or submitted.repeated:
+                for job in quote.jobs:
+                    self.hub.drop(job.id)
+        assert submitted is not None
+        if not submitted.repeated:
+            log.info("jobs queued quote=%s jobs=%s", quote.id, " ".join(j.id for j in quote.jobs))
+            self._attempts.on_work()
+        return submitted
+
+    def queued(self, job_ids: Sequence[str]) -> None:
+        """An invoice was paid and its jobs queued: tell their readers and the dispatcher."""
+        for job_id in job_ids:
+            stream = self.hub.get(job_id)
+            if stream is not None and stream.state is State.AWAITING_PAYMENT:
+                stream.restart(State.QUEUED, 0)
+        self._attempts.on_work()
+
+    def token(self, job_id: str) -> str:
+        """The secret that opens a job, beside its payer's credential."""
+        digest = hmac.new(self._token_secret, job_id.encode(), hashlib.sha256).hexdigest()
+        return f"jt-{digest[:40]}"
+
+    def is_token(self, job_id: str, presented: str) -> bool:
+        return hmac.compare_digest(self.token(job_id), presented)
+
+    async def row(self, job_id: str) -> Any:
+        """A job's row. Raises NoSuchJob."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow("select * from jobs where id = $1", job_id)
+        if row is None:
+            raise NoSuchJob("there is no such job", job=job_id)
+        return row
+
+    async def of_quote(self, quote_id: str) -> list[Any]:
+        """The rows of a quote's jobs, in the order of the request."""
+        async with self._database.connection() as connection:
+            return await connection.fetch(
+                "select * from jobs where quote_id = $1 order by index", quote_id
+            )
+
+    async def view(self, row: Any) -> dict[str, Any]:
+        """A job as clients see it, with its place while it waits."""
+        view = job_view(row)
+        if row["state"] == State.QUEUED:
+            place = await self.place(row)
+            view["position"] = place.position
+            view["wait_s"] = place.wait.as_json()
+        return view
+
+    async def place(self, row: Any) -> Place:
+        """Where a waiting job stands."""
+        return await self._market.place_of(
+            self._lane(row), row["multiplier_milli"], row["seq"], row["model"]
+        )
+
+    def _lane(self, job: Any) -> str:
+        return self._models.lane(
+            Kind(job["kind"]),
+            job["model"],
+            prompt_tokens=job["prompt_tokens"],
+            max_tokens=job["max_tokens"],
+        )
+
+    async def touch(self, job_id: str, wipe_after_s: int) -> None:
+        """An answer was asked for: its wiping is put off."""
+        async with self._database.connection() as connection:
+            await connection.execute(
+                "update jobs set wipe_at = now() + make_interval(secs => $2)"
+                " where id = $1 and wipe_at is not null",
+                job_id,
+                float(wipe_after_s),
+            )
+
+    async def cancel(self, job_id: str, *, reason: str = "cancelled") -> Outcome:
+        """End a job at its payer's wish: free while it waits, settled as it stands while it runs.
+
+        A job that has ended stays as it ended. Raises NoSuchJob.
+        """
+        if not await self._attempts.cancel(job_id, reason):
+            await self._attempts.end(Ending(job_id, Event.CANCEL, reason))
+        outcome = outcome_of(await self.row(job_id))
+        if outcome is None:
+            # It was claimed or given back while we looked: now it is where the next try finds it.
+            return await self.cancel(job_id, reason=reason)
+        return outcome
+
+    async def bump(
+        self,
+        job_id: str,
+        *,
+        offer_msat: int | None,
+        multiplier: Decimal | None,
+    ) -> dict[str, Any]:
+        """Raise the offer of a waiting job to a new total; it keeps its time.
+
+        Raises JobNotWaiting, BadRequest (lower than before, or over the limit), NotEnoughBalance
+        with `missing_msat` and `offer_msat` in its facts.
+        """
+        async with self._database.transaction() as connection:
+            row = await self._bump_in(connection, job_id, offer_msat, multiplier)
+        self._attempts.on_work()
+        return await self.view(row)
+
+    async def bump_in(self, connection: Any, job_id: str, offer_msat: int) -> bool:
+        """Bump within the transaction that credited the money for it; False if it is too late."""
+        try:
+            async with connection.transaction():
+                await self._bump_in(connection, job_id, offer_msat, None)
+        except (JobNotWaiting, NoSuchJob, BadRequest, NotEnoughBalance) as error:
+            log.info("paid bump not applied job=%s: %s", job_id, error.code)
+            return False
+        return True
+
+    async def _bump_in(
+        self, connection: Any, job_id: str, offer_msat: int | None, multiplier: Decimal | None
+    ) -> Any:
+        row = await connection.fetchrow("select * from jobs where id = $1 for update", job_id)
+        if row is None:
+            raise NoSuchJob("there is no such job", job=job_id)
+        if row["state"] != State.QUEUED:
+            raise JobNotWaiting("only a waiting job can be bumped", state=row["state"])
+        base, held = row["base_fee_msat"], row["held_msat"]
+        if multiplier is not None:
+            offer_msat = fees.offer_for_multiplier_msat(base, multiplier)
+        if offer_msat is None or offer_msat < held:
+            raise BadRequest(f"the new total may not be lower than {held} msat", held_msat=held)
+        if offer_msat > max(base, 1) * self._max_multiplier:
+            raise BadRequest(f"the multiplier may be at most {self._max_multiplier}")
+        milli = fees.multiplier_milli(offer_msat, base)
+        hold = Transfer(
+            ledger.client(row["account_id"]),
+            ledger.escrow(job_id),
+            offer_msat - held,
+            f"bump-{offer_msat}",
+            job_id,
+        )
+        try:
+            await ledger.post(connection, [hold])
+        except InsufficientFunds as error:
+            raise NotEnoughBalance(
+                "the balance does not cover this bump",
+                balance_msat=error.balance_msat,
+                missing_msat=error.needed_msat - error.balance_msat,
+                offer_msat=offer_msat,
+            ) from None
+        await job_queue.reprice(connection, job_id, milli)
+        return await connection.fetchrow(
+            "update jobs set held_msat = $2, multiplier_milli = $3 where id = $1 returning *",
+            job_id,
+            offer_msat,
+            milli,
+        )

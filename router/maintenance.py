@@ -1,0 +1,314 @@
+"""What has to be done from time to time, whoever is there to wait for it.
+
+    often    renew the leases of what runs here; keep what running jobs have said
+    seconds  take back jobs whose lease has run out; expire unpaid quotes and waits that are over;
+             write the workers' records; move waiting jobs to finer lanes
+    minutes  wipe texts; forget old idempotency keys
+
+Every step may run on several routers at once: guards in the statements make a second time harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from router import charging, job_queue, workers
+from router.attempts import Attempts
+from router.charging import NOTHING, Delivered
+from router.database import Database, DatabaseUnavailable
+from router.job_states import Event, State
+from router.job_store import Claimed, Ending
+from router.job_stream import StreamHub
+from router.models import Models
+from router.results import result
+from router.settings import Settings
+from router.workers import Fleet
+from worker.protocol import Kind
+
+log = logging.getLogger(__name__)
+
+KEEP_S = 0.5
+IDEMPOTENCY_KEPT = timedelta(hours=24)
+# A quote expires a little later here than for its payer, so that a payment in the last second wins.
+EXPIRY_GRACE = timedelta(seconds=30)
+_BATCH = 200
+
+
+class Maintenance:
+    """The loops of one router."""
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        fleet: Fleet,
+        models: Models,
+        hub: StreamHub,
+        attempts: Attempts,
+        *,
+        router_id: str,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._fleet = fleet
+        self._models = models
+        self._hub = hub
+        self._attempts = attempts
+        self._router_id = router_id
+        self._clock = clock
+        self._tasks: list[asyncio.Task] = []
+
+    def start(self) -> None:
+        loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
+            (KEEP_S, [self.keep_chunks]),
+            (self._settings.lease_s / 4, [self.renew_leases]),
+            (2.0, [self.take_back_lost, self.expire_waits, self.expire_quotes]),
+            (5.0, [self.keep_records, self.finer_lanes]),
+            (10.0, [self.wipe]),
+        ]
+        self._tasks = [
+            asyncio.create_task(self._every(period_s, steps), name=f"maintenance-{period_s}")
+            for period_s, steps in loops
+        ]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _every(
+        self, period_s: float, steps: Sequence[Callable[[], Awaitable[object]]]
+    ) -> None:
+        while True:
+            for step in steps:
+                try:
+                    await step()
+                except DatabaseUnavailable:
+                    log.warning("maintenance waits for the database")
+                except Exception:
+                    log.exception("maintenance step failed, going on")
+            await asyncio.sleep(period_s)
+
+    async def keep_chunks(self) -> None:
+        """Store what running jobs have said since the last time, for readers that come later."""
+        rows = []
+        for running in list(self._attempts.running.values()):
+            stream = running.stream
+            new = stream.pieces[stream.kept :]
+            if not new or running.settled:
+                continue
+            text = "".join(piece.text for piece in new)
+            rows.append((stream, len(stream.pieces), new[0].start, text, running))
+        if not rows:
+            return
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "insert into job_chunks (job_id, n, start, text, tokens)"
+                " select * from unnest($1::text[], $2::int[], $3::bigint[], $4::text[], $5::bigint[])"
+                " on conflict do nothing",
+                [row[0].job_id for row in rows],
+                [row[0].attempt for row in rows],
+                [row[2] for row in rows],
+                [row[3] for row in rows],
+                [row[4].worker_tokens for row in rows],
+            )
+            await connection.execute(
+                "update jobs j set shown = t.shown, first_token_at = t.first_token_at"
+                " from unnest($1::text[], $2::int[], $3::bool[], $4::timestamptz[])"
+                " t(id, attempt, shown, first_token_at)"
+                " where j.id = t.id and j.attempt = t.attempt and j.state = 'running'",
+                [row[0].job_id for row in rows],
+                [row[0].attempt for row in rows],
+                [row[0].shown for row in rows],
+                [row[4].first_token_at for row in rows],
+            )
+        for stream, kept, *_ in rows:
+            stream.kept = kept
+
+    async def renew_leases(self) -> None:
+        """Say that what runs here is still alive."""
+        running = list(self._attempts.running)
+        if running:
+            async with self._database.connection() as connection:
+                await connection.execute(
+                    "update jobs set lease_ends_at = $2"
+                    " where id = any($1::text[]) and state = 'running' and router_id = $3",
+                    running,
+                    self._clock() + timedelta(seconds=self._settings.lease_s),
+                    self._router_id,
+                )
+
+    async def take_back_own(self) -> int:
+        """At the start: whatever this router had running before it died is lost."""
+        return await self._take_back("router_id = $1", self._router_id)
+
+    async def take_back_lost(self) -> int:
+        """Jobs of any router whose lease has run out."""
+        return await self._take_back("lease_ends_at < $1", self._clock())
+
+    async def _take_back(self, condition: str, value: Any) -> int:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                f"select * from jobs where state = 'running' and {condition} limit {_BATCH}", value
+            )
+        lost = [row for row in rows if row["id"] not in self._attempts.running]
+        for row in lost:
+            await self._lost(row)
+        return len(lost)
+
+    async def _lost(self, row: Any) -> None:
+        """The router or worker of a running job is gone, and with it the stream in memory."""
+        claimed = Claimed(**{name: row[name] for name in _CLAIMED}, job_id=row["id"])
+        log.warning("job lost job=%s attempt=%d", claimed.job_id, claimed.attempt)
+        async with self._database.connection() as connection:
+            said = await connection.fetch(
+                "select text, tokens from job_chunks where job_id = $1 and n = $2 order by start",
+                claimed.job_id,
+                claimed.attempt,
+            )
+            payable = await connection.fetchval(
+                "select ln_url is not null from payees where id = $1", claimed.worker_id
+            )
+        if not (row["shown"] and said):
+            if claimed.attempt < self._settings.max_attempts:
+                await self._attempts.give_back(claimed, "lost", "router", "lease ended")
+                return
+            await self._attempts.end(_failed(claimed, "attempts_exhausted"))
+            return
+        text = "".join(chunk["text"] for chunk in said)
+        delivered = Delivered(len(text.encode()), said[-1]["tokens"] or None)
+        charged = charging.charge(claimed, delivered, with_prompt_fee=False)
+        usage = charging.usage(claimed, delivered, charged)
+        answer = result(
+            Kind(claimed.kind),
+            job_id=claimed.job_id,
+            model=claimed.model,
+            created_s=int(claimed.started_at.timestamp()),
+            text=text,
+            deltas=(),
+            data=None,
+            finish_reason=None,
+            usage=usage,
+        )
+        await self._attempts.end(
+            Ending(
+                claimed.job_id,
+                Event.FAIL,
+                "worker_lost",
+                attempt=claimed.attempt,
+                charge_msat=charged.charge_msat,
+                payee=claimed.worker_id if payable else None,
+                result=json.dumps(answer, ensure_ascii=False),
+                usage=json.dumps(usage),
+                outcome="lost",
+                blame="router",
+                had_chunks=True,
+            )
+        )
+
+    async def expire_waits(self) -> None:
+        """Refund jobs that have waited as long as their client was ready to."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select id from jobs where state = $1 and wait_ends_at < $2 limit $3",
+                State.QUEUED.value,
+                self._clock(),
+                _BATCH,
+            )
+        for row in rows:
+            await self._attempts.end(Ending(row["id"], Event.EXPIRE, "max_wait"))
+
+    async def expire_quotes(self) -> None:
+        """Close quotes that were not paid in time, and delete what they asked."""
+        async with self._database.transaction() as connection:
+            quotes = await connection.fetch(
+                "update quotes set state = 'expired', request = null where id in"
+                " (select id from quotes where state = 'open' and expires_at < $1 limit $2)"
+                " returning id",
+                self._clock() - EXPIRY_GRACE,
+                _BATCH,
+            )
+            jobs = await connection.fetch(
+                "select id from jobs where quote_id = any($1::text[]) and state = $2",
+                [quote["id"] for quote in quotes],
+                State.AWAITING_PAYMENT.value,
+            )
+        for job in jobs:
+            await self._attempts.end(Ending(job["id"], Event.EXPIRE, "quote_expired"))
+
+    async def keep_records(self) -> None:
+        """Write what was observed of the workers connected here."""
+        seen = [(w, w.done, w.failed, w.tokens) for w in self._fleet.all()]
+        async with self._database.connection() as connection:
+            await workers.keep_records(connection, [w for w, *_ in seen])
+        for worker, done, failed, tokens in seen:
+            worker.done -= done
+            worker.failed -= failed
+            worker.tokens -= tokens
+
+    async def finer_lanes(self) -> None:
+        """Bring in edges that other routers have added, and move waiting jobs to their lanes."""
+        async with self._database.transaction() as connection:
+            edges = await workers.load_edges(connection)
+            if edges != self._fleet.edges:
+                self._fleet.set_edges(edges)
+            rows = await connection.fetch(
+                "select q.job_id, q.lane, q.multiplier_milli, q.seq, j.kind, j.model,"
+                " j.prompt_tokens, j.max_tokens from queue q join jobs j on j.id = q.job_id"
+                " where q.lane <> all($1::text[]) limit $2",
+                sorted({lane for worker in self._fleet.all() for lane in worker.lanes}),
+                _BATCH * 5,
+            )
+            moved = 0
+            for row in rows:
+                lane = self._models.lane(
+                    Kind(row["kind"]),
+                    row["model"],
+                    prompt_tokens=row["prompt_tokens"],
+                    max_tokens=row["max_tokens"],
+                )
+                if lane != row["lane"]:
+                    await job_queue.move(connection, row["job_id"], row["lane"], lane)
+                    moved += 1
+        if moved:
+            log.info("moved %d waiting jobs to finer lanes", moved)
+            self._attempts.on_work()
+
+    async def wipe(self) -> None:
+        """Delete prompts and answers whose time is over; the money records stay."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                "update jobs set spec = null, result = null, wiped = true, wipe_at = null"
+                " where id in (select id from jobs where wipe_at < $1 limit $2) returning id",
+                self._clock(),
+                _BATCH * 5,
+            )
+            if rows:
+                await connection.execute(
+                    "delete from job_chunks where job_id = any($1::text[])",
+                    [row["id"] for row in rows],
+                )
+            await connection.execute(
+                "delete from idempotency where created_at < $1", self._clock() - IDEMPOTENCY_KEPT
+            )
+
+
+_CLAIMED = tuple(name for name in Claimed.__dataclass_fields__ if name != "job_id")
+
+
+def _failed(claimed: Claimed, reason: str) -> Ending:
+    return Ending(
+        claimed.job_id,
+        Event.FAIL,
+        reason,
+        attempt=claimed.attempt,
+        charge_msat=NOTHING.charge_msat,
+        outcome="lost",
+        blame="router",
+    )

@@ -1,0 +1,142 @@
+"""Models: what is served, by how many, how long a prompt may be, and what a lane is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from router import lanes
+from router.errors import BadRequest, NoWorker, PromptTooLong, UnknownModel
+from router.lanes import answer_limit
+from router.workers import Fleet, Worker
+from worker.protocol import MODEL_KIND, Kind, ModelKind, ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """One model id as clients see it. Lengths in tokens; `tokens_per_s` of its fastest worker."""
+
+    id: str
+    kind: ModelKind
+    kinds: tuple[ModelKind, ...]
+    workers: int
+    slots: int
+    idle_workers: int
+    context_length: int
+    max_tokens: int
+    tokens_per_s: float | None
+    service_s: float | None
+
+
+class Models:
+    """The models of this market. `known` are those of workers that may come back."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.known: dict[tuple[ModelKind, str], ServedModel] = {}
+
+    def learn(self, models: Iterable[ServedModel]) -> None:
+        for model in models:
+            self.known[model.kind, model.id] = model
+
+    def lane(self, kind: Kind, model: str, *, prompt_tokens: int, max_tokens: int) -> str:
+        return lanes.lane(
+            self.fleet.edges,
+            kind=MODEL_KIND[kind],
+            model=model,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+        )
+
+    def fit(
+        self,
+        kind: Kind,
+        model: str,
+        *,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        default_max_tokens: int,
+        may_wait: bool,
+    ) -> int:
+        """How many tokens a job may produce on some worker of `model`; 0 for embeddings.
+
+        `max_tokens` None: the default, less if the context allows less. `may_wait` accepts a model
+        that only workers not connected now have served. Raises UnknownModel, NoWorker,
+        PromptTooLong, BadRequest (max_tokens over every limit).
+        """
+        offers = self._offers(kind, model, may_wait=may_wait)
+        if kind is Kind.EMBEDDING:
+            _need(offers, prompt_tokens, 0)
+            return 0
+        _need(offers, prompt_tokens, 1)
+        longest = max(min(answer_limit(o), o.context_length - prompt_tokens) for o in offers)
+        if max_tokens is None:
+            return min(default_max_tokens, longest)
+        if max_tokens > longest:
+            raise BadRequest(
+                f"max_tokens may be at most {longest} for this prompt on {model}",
+                param="max_tokens",
+                max_tokens_limit=longest,
+            )
+        return max_tokens
+
+    def _offers(self, kind: Kind, model: str, *, may_wait: bool) -> list[ServedModel]:
+        served = MODEL_KIND[kind]
+        workers = self.fleet.serving(served, model)
+        offers = [m for m in (w.serves(served, model) for w in workers) if m is not None]
+        known = self.known.get((served, model))
+        if not offers and known is None:
+            other = next((k for k, name in self.known if name == model), None)
+            if other is not None:
+                raise BadRequest(f"{model} serves {other}, not {served}", param="model")
+            raise UnknownModel(f"no worker has ever served the model {model!r}", model=model)
+        if not offers:
+            assert known is not None
+            if not may_wait:
+                raise NoWorker(
+                    f"no worker that serves {model} is connected; send X-Max-Wait-S to wait for one",
+                    model=model,
+                )
+            return [known]
+        return offers
+
+    def facts(self) -> list[ModelFacts]:
+        """All models, those served now and those known, one line for each id."""
+        kinds: dict[str, list[ModelKind]] = {}
+        for kind, model in sorted(self.known, key=lambda k: (k[1], k[0] != ModelKind.TEXT)):
+            kinds.setdefault(model, []).append(kind)
+        return [self._facts(model, tuple(have)) for model, have in sorted(kinds.items())]
+
+    def _facts(self, model: str, kinds: tuple[ModelKind, ...]) -> ModelFacts:
+        workers = self.fleet.serving(kinds[0], model)
+        offers = [m for m in (w.serves(kinds[0], model) for w in workers) if m is not None]
+        offers = offers or [self.known[kinds[0], model]]
+        speeds = [w.speeds[model] for w in workers if model in w.speeds]
+        return ModelFacts(
+            id=model,
+            kind=kinds[0],
+            kinds=kinds,
+            workers=len(workers),
+            slots=sum(w.slots for w in workers),
+            idle_workers=sum(1 for w in workers if w.free_slots > 0),
+            context_length=max(o.context_length for o in offers),
+            max_tokens=max(answer_limit(o) for o in offers),
+            tokens_per_s=max(speeds, default=None),
+            service_s=mean_service_s(workers, model),
+        )
+
+
+def mean_service_s(workers: Iterable[Worker], model: str) -> float | None:
+    """Seconds that a job of this model took on average; None before the first one."""
+    seen = [w.service_s[model] for w in workers if model in w.service_s]
+    return sum(seen) / len(seen) if seen else None
+
+
+def _need(offers: list[ServedModel], prompt_tokens: int, answer_tokens: int) -> None:
+    longest = max(o.context_length for o in offers)
+    if prompt_tokens + answer_tokens > longest:
+        raise PromptTooLong(
+            f"the prompt counts {prompt_tokens} tokens; the longest context here is {longest}",
+            prompt_tokens=prompt_tokens,
+            context_length=longest,
+        )

@@ -1,0 +1,336 @@
+"""From a request body with OpenAI's field names to the jobs it asks for. Pure.
+
+All doors that speak of chat, completions and embeddings bring their bodies here, so that a request is
+checked, counted and hashed in one way. Unknown fields are ignored. BadRequest names the field at
+fault in `param`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from pydantic import ValidationError
+
+from billing.msat import parse_decimal
+from router.errors import BadRequest
+from router.prompt_tokens import prompt_tokens
+from worker.protocol import ChatSpec, CompletionSpec, EmbeddingSpec, JobSpec, Kind, Sampling
+
+MAX_MODELS = 3
+MAX_STOPS = 16
+MAX_STOP_BYTES = 500
+MAX_INPUTS = 2048
+HIGHEST_TOKENS = 100_000_000
+
+_SAMPLING = tuple(Sampling.model_fields)
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One job that is asked for. `spec.max_tokens` is 0 where the client did not say."""
+
+    spec: JobSpec
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the client says about money and time. None: it did not say."""
+
+    multiplier: Decimal | None = None
+    offer_msat: int | None = None
+    max_fee_msat: int | None = None
+    max_wait_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request. `max_tokens` None: the router is to choose."""
+
+    kind: Kind
+    items: tuple[Item, ...]
+    max_tokens: int | None
+    terms: Terms
+    request_hash: bytes
+    stream: bool = False
+    include_usage: bool = False
+    base64_embeddings: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds from the settings."""
+
+    max_n: int = 128
+    image_prompt_tokens: int = 765
+    max_multiplier: int = 1000
+    max_wait_s: int = 86_400
+
+
+def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> Request:
+    """Check a body. `terms` come from headers and outrank those of the body."""
+    if not isinstance(body, Mapping):
+        raise BadRequest("the body must be a JSON object")
+    terms = _merge(terms or Terms(), _terms(body, limits))
+    models = _models(body)
+    count = _integer(body, "n", low=1, high=limits.max_n, default=1)
+    assert count is not None
+    max_tokens = None if kind is Kind.EMBEDDING else _max_tokens(body)
+    specs = _SPECS[kind](body, max_tokens or 0)
+    if len(models) * len(specs) * count > limits.max_n:
+        raise BadRequest(f"a request makes at most {limits.max_n} jobs", param="n")
+    items = tuple(
+        Item(
+            _for_copy(spec, model, copy),
+            prompt_tokens(
+                spec.model_dump(exclude_none=True) | _extra(body),
+                image_prompt_tokens=limits.image_prompt_tokens,
+            ),
+        )
+        for model in models
+        for spec in specs
+        for copy in range(count)
+    )
+    options = body.get("stream_options")
+    return Request(
+        kind=kind,
+        items=items,
+        max_tokens=max_tokens,
+        terms=terms,
+        request_hash=request_hash(kind, body),
+        stream=_flag(body, "stream"),
+        include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
+        base64_embeddings=body.get("encoding_format") == "base64",
+    )
+
+
+def request_hash(kind: Kind, body: Mapping[str, Any]) -> bytes:
+    """SHA-256 of the body in one spelling: the same for the same request, however it was written."""
+    canonical = json.dumps([kind, body], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+
+
+def terms_from(
+    *,
+    multiplier: str | None = None,
+    max_fee_msat: str | None = None,
+    max_wait_s: str | None = None,
+    limits: Limits,
+) -> Terms:
+    """Terms from the headers `X-Fee-Multiplier`, `X-Max-Fee-Msat`, `X-Max-Wait-S`."""
+    named = {
+        "fee_multiplier": multiplier,
+        "max_fee_msat": _digits(max_fee_msat, "X-Max-Fee-Msat"),
+        "max_wait_s": _digits(max_wait_s, "X-Max-Wait-S"),
+    }
+    return _terms({k: v for k, v in named.items() if v is not None}, limits)
+
+
+def _digits(text: str | None, name: str) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.strip().isdigit() and len(text) < 19):
+        raise BadRequest(f"{name} must be a whole number", param=name)
+    return int(text)
+
+
+def _merge(first: Terms, second: Terms) -> Terms:
+    def pick(name: str) -> Any:
+        value = getattr(first, name)
+        return getattr(second, name) if value is None else value
+
+    return Terms(pick("multiplier"), pick("offer_msat"), pick("max_fee_msat"), pick("max_wait_s"))
+
+
+def _terms(body: Mapping[str, Any], limits: Limits) -> Terms:
+    multiplier = None
+    if body.get("fee_multiplier") is not None:
+        try:
+            multiplier = parse_decimal(body["fee_multiplier"])
+        except ValueError as error:
+            raise BadRequest(f"fee_multiplier: {error}", param="fee_multiplier") from None
+        if not 1 <= multiplier <= limits.max_multiplier:
+            raise BadRequest(
+                f"fee_multiplier must lie between 1 and {limits.max_multiplier}",
+                param="fee_multiplier",
+            )
+    offer_msat = _integer(body, "offer_msat", low=0, high=10**18)
+    if multiplier is not None and offer_msat is not None:
+        raise BadRequest("give fee_multiplier or offer_msat, not both", param="offer_msat")
+    return Terms(
+        multiplier=multiplier,
+        offer_msat=offer_msat,
+        max_fee_msat=_integer(body, "max_fee_msat", low=0, high=10**18),
+        max_wait_s=_integer(body, "max_wait_s", low=1, high=limits.max_wait_s),
+    )
+
+
+def _models(body: Mapping[str, Any]) -> list[str]:
+    models: Any = body.get("models")
+    if models is None:
+        models = [body.get("model")]
+    if not isinstance(models, list) or not 1 <= len(models) <= MAX_MODELS:
+        raise BadRequest(f"models must be a list of 1 to {MAX_MODELS} names", param="models")
+    if not all(isinstance(m, str) and 0 < len(m) <= 200 for m in models):
+        raise BadRequest("model must be the name of a model", param="model")
+    if len(set(models)) != len(models):
+        raise BadRequest("models must differ", param="models")
+    return models
+
+
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        if body.get(name) is not None:
+            return _integer(body, name, low=1, high=HIGHEST_TOKENS)
+    return None
+
+
+def _chat(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list with at least one message", param="messages")
+    for message in messages:
+        _check_message(message)
+    if not any(_says_something(message) for message in messages):
+        raise BadRequest("the prompt is empty", param="messages")
+    fields: dict[str, Any] = {"messages": messages}
+    for name, shape in (("tools", list), ("response_format", Mapping)):
+        if body.get(name) is not None:
+            if not isinstance(body[name], shape):
+                raise BadRequest(f"{name} has the wrong type", param=name)
+            fields[name] = body[name]
+    if body.get("tool_choice") is not None:
+        fields["tool_choice"] = body["tool_choice"]
+    return [_build(ChatSpec, body, max_tokens, fields)]
+
+
+def _check_message(message: Any) -> None:
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+        raise BadRequest("each message needs a role: system, user or assistant", param="messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, Mapping | str) for part in content):
+            raise BadRequest("content parts must be objects", param="messages")
+    elif content is not None and not isinstance(content, str):
+        raise BadRequest("content must be text or a list of parts", param="messages")
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    if isinstance(content, str):
+        return bool(content)
+    return bool(content) or bool(message.get("tool_calls"))
+
+
+def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) and prompt and not _is_tokens(prompt) else [prompt]
+    suffix = body.get("suffix")
+    if suffix is not None and not isinstance(suffix, str):
+        raise BadRequest("suffix must be text", param="suffix")
+    fields = {"suffix": suffix, "echo": _flag(body, "echo")}
+    return [
+        _build(CompletionSpec, body, max_tokens, fields | {"prompt": _text_or_tokens(p, "prompt")})
+        for p in prompts
+    ]
+
+
+def _embedding(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+    given = body.get("input")
+    inputs = given if isinstance(given, list) and given and not _is_tokens(given) else [given]
+    if len(inputs) > MAX_INPUTS:
+        raise BadRequest(f"input has at most {MAX_INPUTS} entries", param="input")
+    texts = [_text_or_tokens(text, "input") for text in inputs]
+    return [EmbeddingSpec(model="", input=texts)]
+
+
+_SPECS = {Kind.CHAT: _chat, Kind.COMPLETION: _completion, Kind.EMBEDDING: _embedding}
+
+
+def _is_tokens(value: list[Any]) -> bool:
+    return all(isinstance(t, int) and not isinstance(t, bool) for t in value)
+
+
+def _text_or_tokens(value: Any, param: str) -> str | list[int]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and _is_tokens(value):
+        if not all(0 <= t < 2**31 for t in value):
+            raise BadRequest("token ids must not be negative", param=param)
+        return value
+    raise BadRequest(f"{param} must be text or token ids, and not empty", param=param)
+
+
+def _build(
+    shape: type[ChatSpec] | type[CompletionSpec],
+    body: Mapping[str, Any],
+    max_tokens: int,
+    fields: dict[str, Any],
+) -> Any:
+    sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    try:
+        return shape(
+            model="",
+            max_tokens=max_tokens,
+            stop=_stops(body),
+            stream=_flag(body, "stream"),
+            sampling=Sampling.model_validate(sampling),
+            **fields,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise BadRequest(f"{param}: {first['msg']}", param=param) from None
+
+
+def _stops(body: Mapping[str, Any]) -> list[str]:
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise BadRequest("stop must be text or a list of texts", param="stop")
+    stops = [s for s in stops if s]
+    if len(stops) > MAX_STOPS or any(len(s.encode()) > MAX_STOP_BYTES for s in stops):
+        raise BadRequest(
+            f"at most {MAX_STOPS} stop strings of {MAX_STOP_BYTES} bytes", param="stop"
+        )
+    return stops
+
+
+def _for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
+    """The spec for one of n answers: with a seed, each answer gets its own."""
+    changed: dict[str, Any] = {"model": model}
+    if copy and not isinstance(spec, EmbeddingSpec) and spec.sampling.seed is not None:
+        seed = spec.sampling.seed + copy
+        changed["sampling"] = spec.sampling.model_copy(update={"seed": seed})
+    return spec.model_copy(update=changed)
+
+
+def _extra(body: Mapping[str, Any]) -> dict[str, Any]:
+    # Counted by the public rule although no engine of ours reads them from the spec.
+    return {name: body[name] for name in ("functions", "grammar") if body.get(name) is not None}
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false", param=name)
+    return bool(value)
+
+
+def _integer(
+    body: Mapping[str, Any], name: str, *, low: int, high: int, default: int | None = None
+) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise BadRequest(f"{name} must be a whole number from {low} to {high}", param=name)
+    return value

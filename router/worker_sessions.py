@@ -1,0 +1,283 @@
+"""The router's half of the worker protocol: registration, frames in, frames out.
+
+A session is one connected worker. It owns the jobs that the worker holds: when the connection ends,
+by whatever cause, each of them is given back or settled, and the worker is out of the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import orjson
+from pydantic import ValidationError
+
+from router.attempts import Attempts, RunningAttempt
+from router.job_store import Claimed
+from router.workers import Worker
+from worker.protocol import (
+    WORKER_FRAME,
+    Cancel,
+    Chunk,
+    Chunks,
+    Drain,
+    Failed,
+    FailureCode,
+    Finished,
+    FinishReason,
+    Ready,
+)
+
+log = logging.getLogger(__name__)
+
+# A worker may say this much more than max_tokens would suggest before it is taken for broken.
+_BYTES_PER_TOKEN = 64
+_BYTES_SPARE = 65_536
+# How long a worker may hold on to a job that it was told to stop.
+STOP_GRACE_S = 30.0
+_MOST_UNSENT = 10_000
+
+BLAME = {
+    FailureCode.PROMPT_TOO_LONG: "job",
+    FailureCode.BAD_REQUEST: "job",
+    FailureCode.RETURNED: "nobody",
+}
+
+
+class Connection(Protocol):
+    """What a session needs of a WebSocket; an in-memory pair serves as well."""
+
+    async def send_text(self, text: str) -> None: ...
+
+    async def close(self, code: int, reason: str) -> None: ...
+
+
+class ProtocolViolation(Exception):
+    """A frame that no correct worker sends; the connection is closed."""
+
+
+class WorkerSession:
+    """One connected worker that speaks `satherd/1`."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        connection: Connection,
+        attempts: Attempts,
+        *,
+        lease_s: int,
+        on_idle: Callable[[], None],
+    ) -> None:
+        self.worker = worker
+        self._connection = connection
+        self._attempts = attempts
+        self._lease_s = lease_s
+        self._on_idle = on_idle
+        self._held: dict[str, RunningAttempt] = {}
+        self._stopping: dict[str, float] = {}
+        self._unsent: asyncio.Queue[str] = asyncio.Queue()
+        self._sender: asyncio.Task | None = None
+        self.closed = False
+        self.dropped_frames = 0
+
+    def start(self) -> None:
+        self._sender = asyncio.create_task(self._send_for_ever(), name=f"worker-{self.worker.id}")
+
+    def send(self, text: str) -> None:
+        """Queue a frame; a worker that reads too slowly is cut off."""
+        if self._unsent.qsize() > _MOST_UNSENT:
+            self.cut("too slow a reader")
+        else:
+            self._unsent.put_nowait(text)
+
+    async def _send_for_ever(self) -> None:
+        while True:
+            text = await self._unsent.get()
+            try:
+                await self._connection.send_text(text)
+            except Exception as error:
+                # The reading side sees the same end, and cleans up.
+                log.info("worker not reachable worker=%s: %r", self.worker.id, error)
+                return
+
+    def assign(self, claimed: Claimed) -> None:
+        """Give a claimed job to the worker."""
+        if self.closed:
+            running = self._attempts.begin(claimed, self.worker, lambda: None)
+            self._attempts.fail(
+                running, outcome="worker_lost", blame="nobody", error="gone before the job was sent"
+            )
+            return
+        running = self._attempts.begin(
+            claimed, self.worker, lambda: self._stop(claimed.job_id, claimed.attempt)
+        )
+        self._held[claimed.job_id] = running
+        # The spec is JSON already: it goes out as it was stored.
+        self.send(
+            f'{{"type":"assign","job_id":"{claimed.job_id}","attempt":{claimed.attempt},'
+            f'"lease_s":{self._lease_s},"job":{claimed.spec}}}'
+        )
+
+    def _stop(self, job_id: str, attempt: int) -> None:
+        if job_id in self._held and job_id not in self._stopping:
+            self._stopping[job_id] = time.monotonic()
+            self.send(Cancel(job_id=job_id, attempt=attempt).model_dump_json())
+
+    def drain(self) -> None:
+        """Give it no more jobs; it finishes what it holds."""
+        self.worker.draining = True
+        self.send(Drain().model_dump_json())
+
+    def on_frame(self, text: str | bytes) -> None:
+        """Handle a frame of the worker. Raises ProtocolViolation."""
+        try:
+            raw = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise ProtocolViolation("not JSON") from error
+        if not isinstance(raw, dict):
+            raise ProtocolViolation("not an object")
+        # Output is nearly all there is: it is read without building a model of each frame.
+        if raw.get("type") == "chunks":
+            for item in _items(raw):
+                self._chunk(*item)
+            return
+        try:
+            frame = WORKER_FRAME.validate_python(raw)
+        except ValidationError as error:
+            raise ProtocolViolation(f"a frame of type {raw.get('type')!r} is malformed") from error
+        match frame:
+            case Chunk():
+                self._chunk(
+                    frame.job_id, frame.attempt, frame.seq, frame.text, frame.tokens, frame.delta
+                )
+            case Finished():
+                self._finished(frame)
+            case Failed():
+                self._failed(frame)
+            case Ready() | Chunks():
+                self._on_idle()
+
+    def _current(self, job_id: str, attempt: int) -> RunningAttempt | None:
+        running = self._held.get(job_id)
+        if running is None or running.claimed.attempt != attempt:
+            self.dropped_frames += 1
+            return None
+        return running
+
+    def _chunk(
+        self,
+        job_id: str,
+        attempt: int,
+        seq: int,
+        text: str,
+        tokens: int | None,
+        delta: dict[str, Any] | None = None,
+    ) -> None:
+        running = self._current(job_id, attempt)
+        if running is None or running.settled:
+            return
+        if seq != running.chunks:
+            if seq > running.chunks:
+                self._fail(running, "chunks_missing", f"chunk {seq} came as {running.chunks}")
+            return
+        self._attempts.said(running, text, delta, tokens)
+        most = running.claimed.max_tokens * _BYTES_PER_TOKEN + _BYTES_SPARE
+        if running.stream.utf8_bytes > most:
+            self._fail(running, "too_much_output", f"more than {most} bytes")
+
+    def _fail(self, running: RunningAttempt, outcome: str, error: str) -> None:
+        self._attempts.fail(running, outcome=outcome, blame="worker", error=error)
+        running.stop()
+
+    def _finished(self, frame: Finished) -> None:
+        running = self._release(frame.job_id, frame.attempt)
+        if running is None or running.settled:
+            return
+        spec_inputs = _inputs(running.claimed)
+        if spec_inputs is not None and len(frame.data or ()) != spec_inputs:
+            self._attempts.fail(
+                running, outcome="bad_answer", blame="worker", error="wrong number of vectors"
+            )
+        elif frame.finish_reason is FinishReason.CANCELLED:
+            self._attempts.fail(
+                running, outcome="stopped", blame="worker", error="stopped without being asked"
+            )
+        else:
+            self._attempts.finish(running, frame.finish_reason, frame.usage, frame.data)
+
+    def _failed(self, frame: Failed) -> None:
+        running = self._release(frame.job_id, frame.attempt)
+        if running is None or running.settled:
+            return
+        blame = BLAME.get(frame.code, "worker")
+        self._attempts.fail(
+            running,
+            outcome=frame.code.value,
+            blame=blame,
+            error=frame.message,
+            retry=frame.retryable and blame != "job",
+        )
+
+    def _release(self, job_id: str, attempt: int) -> RunningAttempt | None:
+        running = self._current(job_id, attempt)
+        if running is not None:
+            del self._held[job_id]
+            self._stopping.pop(job_id, None)
+            self.worker.busy.discard(job_id)
+            self._on_idle()
+        return running
+
+    def check_progress(self, *, first_token_s: float, stall_s: float) -> None:
+        """Fail attempts that have stalled; cut off a worker that does not stop when told."""
+        now = time.monotonic()
+        for running in list(self._held.values()):
+            limit = stall_s if running.chunks else first_token_s
+            if not running.settled and now - running.progress_at > limit:
+                self._fail(running, "stalled", f"nothing for {limit:.0f} s")
+        if any(now - since > STOP_GRACE_S for since in self._stopping.values()):
+            self.cut("does not stop jobs when told")
+
+    def cut(self, reason: str) -> None:
+        """Close the connection from our side; what follows is in `end`."""
+        if not self.closed:
+            log.warning("worker cut off worker=%s: %s", self.worker.id, reason)
+            self.end("cut")
+            self._closing = asyncio.create_task(self._connection.close(1008, reason))
+
+    def end(self, outcome: str = "worker_lost") -> None:
+        """The connection is gone: give back or settle what the worker held. Twice is harmless."""
+        self.closed = True
+        if self._sender:
+            self._sender.cancel()
+        held, self._held = self._held, {}
+        for running in held.values():
+            self._attempts.fail(
+                running, outcome=outcome, blame="worker", error="the connection was lost"
+            )
+        self.worker.busy.clear()
+
+
+def _items(raw: dict[str, Any]) -> list[tuple[str, int, int, str, int | None]]:
+    items = raw.get("items")
+    if not isinstance(items, list):
+        raise ProtocolViolation("chunks without items")
+    for item in items:
+        if (
+            not isinstance(item, list)
+            or len(item) != 5
+            or not isinstance(item[0], str)
+            or not isinstance(item[1], int)
+            or not isinstance(item[2], int)
+            or not isinstance(item[3], str)
+            or not (item[4] is None or (isinstance(item[4], int) and item[4] >= 0))
+        ):
+            raise ProtocolViolation("a malformed chunk")
+    return items
+
+
+def _inputs(claimed: Claimed) -> int | None:
+    """How many vectors an embedding job must bring; None for other kinds."""
+    return len(orjson.loads(claimed.spec)["input"]) if claimed.kind == "embedding" else None

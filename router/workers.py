@@ -1,0 +1,234 @@
+"""Workers: who is connected to this router, and the record of each in the database.
+
+`Worker` is one connected worker as the router sees it; `Fleet` is all of them, with what they can
+take. A worker is known by the hash of its key, which never leaves this module in clear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from billing.accounts import new_id
+from router.lanes import BASE_EDGES, Edges, drained_by
+from worker.protocol import ModelKind, Registration, ServedModel
+
+# Weight of the newest observation in moving averages of speed, duration and reliability.
+_NEWEST = 0.2
+# What is assumed of a worker that has not shown its speed yet, in tokens per second and seconds.
+UNKNOWN_SPEED = 20.0
+UNKNOWN_SERVICE_S = 5.0
+
+
+@dataclass(slots=True)
+class Worker:
+    """One connected worker. `busy` holds the jobs it has, by id."""
+
+    id: str
+    name: str | None
+    models: list[ServedModel]
+    slots: int
+    payable: bool
+    ln_url: str | None
+    speeds: dict[str, float]
+    reliability: float = 1.0
+    draining: bool = False
+    busy: set[str] = field(default_factory=set)
+    lanes: frozenset[str] = frozenset()
+    connected_at: float = field(default_factory=time.monotonic)
+    service_s: dict[str, float] = field(default_factory=dict)
+    skips: dict[str, int] = field(default_factory=dict)
+    done: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+    @property
+    def free_slots(self) -> int:
+        return 0 if self.draining else max(0, self.slots - len(self.busy))
+
+    def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
+        return next((m for m in self.models if m.id == model and m.kind == kind), None)
+
+    def merit(self, model: str) -> float:
+        """How soon and how surely it will answer: speed times reliability, less what it is doing."""
+        load = len(self.busy) / self.slots
+        return self.speeds.get(model, UNKNOWN_SPEED) * self.reliability**4 * (1 - load / 2)
+
+    def succeeded(self, model: str, *, tokens: int, seconds: float) -> None:
+        """Note an answer: `seconds` from claim to end, `tokens` produced."""
+        self.done += 1
+        self.tokens += tokens
+        self.reliability += _NEWEST * (1 - self.reliability)
+        self.service_s[model] = _average(self.service_s.get(model), seconds)
+        if tokens > 0 and seconds > 0:
+            self.speeds[model] = _average(self.speeds.get(model), tokens / seconds)
+
+    def failed_by_own_fault(self) -> None:
+        self.failed += 1
+        self.reliability += _NEWEST * (0 - self.reliability)
+
+    def skipped(self, code: str) -> None:
+        """Note why a waiting job was not given to it (`GET /workers/me`)."""
+        self.skips[code] = self.skips.get(code, 0) + 1
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else old + _NEWEST * (new - old)
+
+
+class Fleet:
+    """The workers connected to this router."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self.edges = Edges()
+
+    def add(self, worker: Worker) -> None:
+        """Take a worker in; the edges must hold its limits already."""
+        self._workers[worker.id] = worker
+        worker.lanes = frozenset(drained_by(self.edges, worker.models))
+
+    def remove(self, worker: Worker) -> None:
+        if self._workers.get(worker.id) is worker:
+            del self._workers[worker.id]
+
+    def set_edges(self, edges: Edges) -> None:
+        self.edges = edges
+        for worker in self._workers.values():
+            worker.lanes = frozenset(drained_by(edges, worker.models))
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def all(self) -> list[Worker]:
+        return list(self._workers.values())
+
+    def idle(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.free_slots > 0]
+
+    def serving(self, kind: ModelKind, model: str) -> list[Worker]:
+        """Connected workers that serve a model and are not on their way out."""
+        return [
+            w
+            for w in self._workers.values()
+            if not w.draining and w.serves(kind, model) is not None
+        ]
+
+    def draining_lane(self, lane: str) -> list[Worker]:
+        """Connected workers that a job in this lane fits."""
+        return [w for w in self._workers.values() if not w.draining and lane in w.lanes]
+
+    def competing_lanes(self, lane: str) -> list[str]:
+        """All lanes drained by workers that could take a job in `lane`: its competition."""
+        lanes = {lane}
+        for worker in self.draining_lane(lane):
+            lanes |= worker.lanes
+        return sorted(lanes)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """What the database knows of a worker that registers."""
+
+    id: str
+    banned: bool
+    ban_reason: str | None
+    draining: bool
+    reliability: float
+    speeds: dict[str, float]
+
+
+def hash_worker_key(key: str) -> bytes:
+    return hashlib.sha256(b"satherd-worker\0" + key.encode()).digest()
+
+
+async def register(connection: Any, registration: Registration) -> WorkerRecord:
+    """Store what a worker says of itself; a new key makes a new worker."""
+    hardware = registration.model_dump(
+        mode="json",
+        exclude={"worker_key", "models", "slots", "ln_url", "name", "protocol", "min_fees"},
+    )
+    row = await connection.fetchrow(
+        "insert into workers (id, key_hash, name, models, hardware, slots)"
+        " values ($1, $2, $3, $4, $5, $6) on conflict (key_hash) do update set name = excluded.name,"
+        " models = excluded.models, hardware = excluded.hardware, slots = excluded.slots,"
+        " last_seen_at = now() returning *",
+        new_id(),
+        hash_worker_key(registration.worker_key),
+        registration.name,
+        json.dumps([m.model_dump(mode="json") for m in registration.models]),
+        json.dumps(hardware),
+        registration.slots,
+    )
+    return _record(row)
+
+
+async def find_by_key(connection: Any, worker_key: str) -> WorkerRecord | None:
+    """The worker that holds this key, if there is one."""
+    row = await connection.fetchrow(
+        "select * from workers where key_hash = $1", hash_worker_key(worker_key)
+    )
+    return _record(row) if row else None
+
+
+def _record(row: Any) -> WorkerRecord:
+    return WorkerRecord(
+        id=row["id"],
+        banned=row["banned_at"] is not None,
+        ban_reason=row["ban_reason"],
+        draining=row["draining"],
+        reliability=row["reliability"],
+        speeds=json.loads(row["speeds"]),
+    )
+
+
+async def add_edges(connection: Any, models: Iterable[ServedModel]) -> Edges:
+    """Make the limits of `models` edges for good; returns all edges."""
+    wanted = Edges((), ()).with_limits(models)
+    await connection.execute(
+        "insert into lane_edges (dimension, edge)"
+        " select 'context', unnest($1::bigint[]) union all select 'answer', unnest($2::bigint[])"
+        " on conflict do nothing",
+        list(wanted.context),
+        list(wanted.answer),
+    )
+    return await load_edges(connection)
+
+
+async def load_edges(connection: Any) -> Edges:
+    rows = await connection.fetch("select dimension, edge from lane_edges")
+    context = {row["edge"] for row in rows if row["dimension"] == "context"}
+    answer = {row["edge"] for row in rows if row["dimension"] == "answer"}
+    return Edges(tuple(sorted({*BASE_EDGES, *context})), tuple(sorted({*BASE_EDGES, *answer})))
+
+
+async def keep_records(connection: Any, workers: Iterable[Worker]) -> None:
+    """Write what was observed of connected workers since the last time."""
+    rows = [
+        (w.id, w.done, w.failed, w.tokens, w.reliability, json.dumps(w.speeds)) for w in workers
+    ]
+    if not rows:
+        return
+    await connection.execute(
+        "update workers w set jobs_done = w.jobs_done + t.done, jobs_failed = w.jobs_failed + t.failed,"
+        " tokens = w.tokens + t.tokens, reliability = t.reliability, speeds = t.speeds::jsonb,"
+        " last_seen_at = now() from unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[],"
+        " $5::float8[], $6::text[]) t(id, done, failed, tokens, reliability, speeds)"
+        " where w.id = t.id",
+        *(list(column) for column in zip(*rows, strict=True)),
+    )
+
+
+async def known_models(connection: Any) -> dict[tuple[ModelKind, str], ServedModel]:
+    """The widest limits of each model that any worker not banned has ever registered."""
+    widest: dict[tuple[ModelKind, str], ServedModel] = {}
+    for row in await connection.fetch("select models from workers where banned_at is null"):
+        for model in map(ServedModel.model_validate, json.loads(row["models"])):
+            known = widest.get((model.kind, model.id))
+            if known is None or known.context_length < model.context_length:
+                widest[model.kind, model.id] = model
+    return widest
