@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TypedDict
 from urllib.parse import urlencode
@@ -48,6 +48,7 @@ __all__ = [
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
     "WrongMajorVersion",
+    "reach",
     "throw_away_server",
 ]
 
@@ -118,8 +119,7 @@ class EmbeddedPostgres:
     @property
     def url(self) -> str:
         """The same as a URL, in the form of SATHERD_DATABASE_URL; it holds no secret."""
-        query = urlencode({"host": self.connect_args["host"], "port": PORT})
-        return f"postgresql://{ROLE}@/{DATABASE}?{query}"
+        return _url(self.connect_args["host"])
 
     async def start(self) -> ConnectArgs:
         """Make the database if there is none, start the server, and return when it answers.
@@ -317,6 +317,30 @@ class EmbeddedPostgres:
                 log.warning("PostgreSQL did not stop %.0f s after %s", patience_s, step.name)
 
 
+@contextlib.asynccontextmanager
+async def reach(folder: Path) -> AsyncIterator[str]:
+    """The URL of an existing database, whether or not a Satherd runs on it, for a short look.
+
+    Where none runs, the server is started for as long as the context lasts. Raises
+    EmbeddedPostgresError; a database is not made here.
+    """
+    server = EmbeddedPostgres(folder)
+    if server.folder.owner_of_data() is None:
+        raise EmbeddedPostgresError(f"there is no database in {server.folder.path}")
+    try:
+        await server.start()
+    except DataFolderInUse:
+        host = server.folder.socket_dir_of_running()
+        if host is None:
+            raise
+        yield _url(host)
+        return
+    try:
+        yield server.url
+    finally:
+        await server.stop()
+
+
 @contextlib.contextmanager
 def throw_away_server(folder: Path) -> Iterator[str]:
     """A fast server for a test session, without an event loop around it: yields its URL.
@@ -330,3 +354,7 @@ def throw_away_server(folder: Path) -> Iterator[str]:
             yield server.url
         finally:
             runner.run(server.stop())
+
+
+def _url(host: str) -> str:
+    return f"postgresql://{ROLE}@/{DATABASE}?{urlencode({'host': host, 'port': PORT})}"

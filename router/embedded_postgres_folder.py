@@ -245,6 +245,16 @@ class ServerFolder:
         for name in (f".s.PGSQL.{PORT}", f".s.PGSQL.{PORT}.lock"):
             (socket_dir / name).unlink(missing_ok=True)
 
+    def socket_dir_of_running(self) -> str | None:
+        """Where the running server's socket lies, by its own word; None when it is not up."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text(errors="replace").splitlines()
+        except OSError:
+            return None
+        # postmaster.pid: pid, data folder, start time, port, first socket folder, ...
+        place = lines[4] if len(lines) > 4 else ""
+        return place if place and (Path(place) / f".s.PGSQL.{PORT}").is_socket() else None
+
     def _is_server_pid(self, pid: int) -> bool:
         try:
             return self.is_server(psutil.Process(pid))

@@ -26,6 +26,7 @@ from router.embedded_postgres import (
     EmbeddedPostgres,
     EmbeddedPostgresError,
     WrongMajorVersion,
+    reach,
     throw_away_server,
 )
 from router.embedded_postgres_user import SOCKET_DIR_LIMIT_BYTES, ServerUser, bin_dir, choose_user
@@ -46,6 +47,7 @@ CONNECTION_LOST = (
 SUPERVISOR = """
 import asyncio, sys
 from pathlib import Path
+import uvloop
 from router.embedded_postgres import EmbeddedPostgres
 
 async def main():
@@ -54,7 +56,7 @@ async def main():
     print(server.pid, server.url, flush=True)
     await asyncio.Event().wait()
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 
@@ -267,6 +269,26 @@ async def test_a_second_start_is_refused_and_the_first_goes_on(server: EmbeddedP
     with pytest.raises(DataFolderInUse, match="already started"):
         await server.start()
     assert await ask(server, "select 1") == 1
+
+
+async def test_a_database_can_be_reached_whether_or_not_its_satherd_runs(folder: Path) -> None:
+    async def look() -> tuple[str, int]:
+        async with reach(folder) as url:
+            connection = await asyncpg.connect(url)
+            kept = await connection.fetchval("select n from kept")
+            await connection.close()
+            return url, kept
+
+    with pytest.raises(EmbeddedPostgresError, match="there is no database"):
+        await look()
+    assert not folder.exists()
+    async with EmbeddedPostgres(folder, throw_away=True) as server:
+        await ask(server, "create table kept as select 7 as n")
+        assert await look() == (server.url, 7)
+        assert await ask(server, "select 1") == 1
+    assert await look() == (server.url, 7)
+    with pytest.raises(OSError):
+        await asyncpg.connect(server.url)
 
 
 async def test_a_server_that_somebody_started_by_hand_is_left_alone(folder: Path) -> None:
@@ -501,7 +523,7 @@ def test_a_server_sees_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatc
 ORDINARY = """
 import asyncio, os, signal, sys
 from pathlib import Path
-import asyncpg
+import asyncpg, uvloop
 from router.embedded_postgres import EmbeddedPostgres
 
 async def main():
@@ -518,7 +540,7 @@ async def main():
         await connection.close()
     print(os.geteuid(), server._user.prefix)
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 

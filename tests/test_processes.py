@@ -190,6 +190,7 @@ async def test_a_terminal_that_is_gone_does_not_stop_the_child(tmp_path: Path) -
 PARENT = """
 import asyncio, sys
 from pathlib import Path
+import uvloop
 from cli.processes import Child, Processes
 
 async def main():
@@ -198,7 +199,7 @@ async def main():
     print(children.pid("lasting"), flush=True)
     await asyncio.Event().wait()
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 
