@@ -86,6 +86,8 @@ class PayoutRunner:
         self._planner = PayoutPlanner(self._context)
         self._sender = PayoutSender(self._context)
         self._working: dict[str, asyncio.Task[None]] = {}
+        # Two turns at once could start the same payout twice.
+        self._one_turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._stopping = False
         self._turned_at = clock()
@@ -130,7 +132,8 @@ class PayoutRunner:
 
     async def run_once(self) -> int:
         """One turn, to the end of all that it starts; how many payouts and payees that were."""
-        tasks = await self._turn()
+        async with self._one_turn:
+            tasks = await self._turn()
         await asyncio.gather(*tasks)
         return len(tasks)
 
@@ -139,7 +142,8 @@ class PayoutRunner:
             self._wake.clear()
             wait_s = self.settings.idle_s
             try:
-                await self._turn()
+                async with self._one_turn:
+                    await self._turn()
                 wait_s = await self._wait_s()
             except Exception as error:
                 # Whatever it was, the database first of all: what is written stands, so go on.
