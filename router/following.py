@@ -22,6 +22,10 @@ from router.job_views import Outcome, outcome_of
 from router.jobs import Jobs
 
 
+PLACE_EVERY_S = 2.0
+PLACE_LATER_S = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One of the events above. `seq` is the reader's place after it."""
@@ -49,11 +53,13 @@ async def outcome(jobs: Jobs, job_id: str) -> Outcome:
 
 
 async def follow(
-    jobs: Jobs, job_id: str, *, after_seq: int | None = None, positions: bool = True
+    jobs: Jobs, job_id: str, *, after_seq: int | None = None, place_at_once: bool = False
 ) -> AsyncIterator[Event | None]:
     """The events of a job from a reader's place on, until `done`.
 
-    Raises NoSuchJob, JobWiped before the first event.
+    `place_at_once`: the first `position` comes with the first event; otherwise only to a reader
+    that has waited a moment, since most jobs never wait. Raises NoSuchJob, JobWiped before the
+    first event.
     """
     attempt_had, characters_had = place(after_seq)
     stream = jobs.hub.get(job_id)
@@ -65,7 +71,7 @@ async def follow(
             return
     stream.readers += 1
     try:
-        reader = _Reader(jobs, stream, attempt_had, characters_had, positions)
+        reader = _Reader(jobs, stream, attempt_had, characters_had, place_at_once)
         async for event in reader.events():
             yield event
     finally:
@@ -84,9 +90,8 @@ class _Reader:
         self._index = 0
         self._characters = characters
         self._version = -1
-        self._positions = positions
         self._place: dict[str, Any] | None = None
-        self._looked_at = 0.0
+        self._look_at = time.monotonic() + (0 if place_at_once else PLACE_LATER_S)
         if attempt != stream.attempt:
             self._characters = 0
 
@@ -105,7 +110,7 @@ class _Reader:
             if stream.outcome is not None:
                 yield Event("done", self._seq(), {}, stream.outcome)
                 return
-            if stream.state is State.QUEUED and self._positions:
+            if stream.state is State.QUEUED:
                 event = await self._position()
                 if event is not None:
                     yield event
@@ -143,9 +148,10 @@ class _Reader:
         return Event("chunk", self._seq(), data)
 
     async def _position(self) -> Event | None:
-        if time.monotonic() - self._looked_at < self._jobs.hub.TICK_S - 0.1:
+        now = time.monotonic()
+        if now < self._look_at:
             return None
-        self._looked_at = time.monotonic()
+        self._look_at = now + PLACE_EVERY_S
         try:
             row = await self._jobs.row(self._stream.job_id)
             if row["state"] != State.QUEUED:

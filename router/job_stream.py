@@ -121,7 +121,7 @@ class JobStream:
 class StreamHub:
     """The streams of this process, by job."""
 
-    TICK_S = 2.0
+    TICK_S = 1.0
 
     def __init__(self) -> None:
         self._streams: dict[str, JobStream] = {}

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import asyncpg
 import pytest
 
 from router.database import Database, migrate
+from router.embedded_postgres import throw_away_server
+from tests.router_rig import Rig, running_rig
 
-SERVER = os.environ.get("SATHERD_TEST_POSTGRES", "")
+# A server that is running already, for whoever runs single tests all day.
+SERVER = os.environ.get("SATHERD_TEST_POSTGRES")
 TEMPLATE = f"satherd_template_{os.getpid()}"
 
 
 @pytest.fixture(scope="session")
-def postgres_url():
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL server's maintenance database, started for this run."""
-    yield SERVER
+    if SERVER:
+        yield SERVER
+        return
+    with throw_away_server(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
 
 
 def url_of(postgres_url: str, name: str) -> str:
@@ -61,3 +69,10 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     opened = await Database.open(database_url, size=5)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+async def router(tmp_path: Path, database_url: str) -> AsyncIterator[Rig]:
+    """A running router; `@pytest.mark.settings(...)` changes its settings."""
+    async with running_rig(tmp_path, database_url) as rig:
+        yield rig

@@ -223,7 +223,7 @@ def _last_seq(text: str | None) -> int | None:
 
 
 async def _events(core: Core, job_id: str, after: int | None) -> AsyncIterator[bytes]:
-    async for event in following.follow(core.jobs, job_id, after_seq=after):
+    async for event in following.follow(core.jobs, job_id, after_seq=after, place_at_once=True):
         if event is None:
             yield sse.comment("waiting")
             continue

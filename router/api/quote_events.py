@@ -52,7 +52,9 @@ async def _jobs(core: Core, quote_id: str, last_event_id: str | None) -> AsyncIt
 
     async def read(index: int) -> None:
         try:
-            async for event in following.follow(core.jobs, ids[index], after_seq=places[index]):
+            async for event in following.follow(
+                core.jobs, ids[index], after_seq=places[index], place_at_once=True
+            ):
                 queue.put_nowait((index, event))
         finally:
             queue.put_nowait(None)
