@@ -377,3 +377,12 @@ async def test_embeddings_that_are_missing_fail_the_job():
         job = EmbeddingSpec(model="nomic-embed-text", input=["a"])
         assert await failure(engine, job) is FailureCode.ENGINE_ERROR
         assert await failure(engine, job) is FailureCode.ENGINE_ERROR
+
+
+async def test_a_server_that_has_gone_is_noticed():
+    async with engine_for(OpenAIServerStandIn()) as engine:
+        assert await engine.check()
+        client = engine._client  # pyright: ignore[reportAttributeAccessIssue]
+        client.base_url = "http://127.0.0.1:9"
+        assert not await engine.check()
+        assert await failure(engine, chat()) is FailureCode.ENGINE_ERROR

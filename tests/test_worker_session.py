@@ -12,7 +12,7 @@ import pytest
 
 from tests.worker_stand_ins import PATIENCE_S, Line, RouterStandIn, router_stand_in, text_of
 from worker.engines.echo import EchoEngine
-from worker.errors import RegistrationRefused
+from worker.errors import EngineDied, RegistrationRefused
 from worker.main import backoff_s, run_worker
 from worker.protocol import (
     ChatSpec,
@@ -379,3 +379,55 @@ async def test_asked_twice_a_worker_leaves_at_once(router: RouterStandIn, tmp_pa
         shutdown.ask()
         assert (await line.frames_until("failed"))[-1].code is FailureCode.RETURNED
         await asyncio.wait_for(running, PATIENCE_S)
+
+
+async def test_a_worker_whose_engine_has_gone_hangs_up_until_it_is_back(
+    router: RouterStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No worker is better than one that takes every job and fails it."""
+    there = asyncio.Event()
+    asked: list[bool] = []
+
+    async def check(engine: EchoEngine) -> bool:
+        asked.append(there.is_set())
+        return there.is_set()
+
+    monkeypatch.setattr(EchoEngine, "check", check)
+    async with working(router, tmp_path, echo_fault=EchoFault.FAIL_BEFORE):
+        line = await router.next_line()
+        await line.assign("job-1", chat())
+        assert (await line.frames_until("failed"))[-1].code is FailureCode.ENGINE_ERROR
+        await asyncio.wait_for(line.socket.wait_closed(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            while len(asked) < 3:
+                await asyncio.sleep(0.01)
+        assert len(router.registrations) == 1
+        there.set()
+        await ready(await router.next_line(), 4)
+
+
+async def test_one_failed_job_of_an_engine_that_is_well_changes_nothing(
+    router: RouterStandIn, tmp_path: Path
+):
+    async with working(router, tmp_path, echo_fault=EchoFault.FAIL_BEFORE, echo_fault_every=2):
+        line = await router.next_line()
+        for number in range(4):
+            await line.assign(f"job-{number}", chat())
+            await line.frames_until("failed" if number % 2 else "finished")
+
+
+async def test_a_worker_whose_engine_has_died_ends_to_be_started_again(
+    router: RouterStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def check(engine: EchoEngine) -> bool:
+        raise EngineDied("gone")
+
+    monkeypatch.setattr(EchoEngine, "check", check)
+    settings = settings_for(router, tmp_path, echo_fault=EchoFault.FAIL_BEFORE)
+    running = asyncio.create_task(run_worker(settings, shutdown=Shutdown()))
+    line = await router.next_line()
+    await line.assign("job-1", chat())
+    assert (await line.frames_until("failed"))[-1].retryable
+    with pytest.raises(EngineDied) as caught:
+        await asyncio.wait_for(running, PATIENCE_S)
+    assert caught.value.exit_code == 70

@@ -44,7 +44,7 @@ class WebSocket:
 
     async def send(self, frame: bytes) -> None:
         try:
-            await self._socket.send(frame, text=True)
+            await self._socket.send(frame.decode())
         except ConnectionClosed as error:
             raise ConnectionLost(_closing_words(error)) from error
 

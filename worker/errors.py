@@ -1,19 +1,29 @@
 """What can go wrong in a worker.
 
     WorkerError
-    ├── EngineStartError     the model cannot be served: no such file, a broken file, no such server
+    ├── EngineStartError     the model cannot be served: no file, a broken file, a wrong setting
+    │   └── EngineAbsent     ... or the server in front of which this worker stands does not answer
+    ├── EngineDied           the engine was running and has stopped for good
+    ├── EngineAway           the engine's server has gone, and may come back
     ├── RegistrationRefused  the router does not want this worker, and will not after a retry
+    ├── ConnectionLost       the line to the router broke (`worker.connection`); a new one is tried
     └── JobError             one job failed; carries the `FailureCode` that the router is told
 
-The first two end the process, with `exit_code`; a `JobError` ends only its job.
+Those that end the process carry its `exit_code`, of sysexits.h. A `JobError` ends only its job.
 """
 
 from __future__ import annotations
 
 from worker.protocol import FailureCode
 
+EXIT_UNAVAILABLE = 69
+"""EX_UNAVAILABLE: something that the worker needs is not there; a restart later may help."""
+
+EXIT_SOFTWARE = 70
+"""EX_SOFTWARE: a restart helps."""
+
 EXIT_CONFIG = 78
-"""EX_CONFIG of sysexits.h: do not restart, somebody must change a setting."""
+"""EX_CONFIG: do not restart, somebody must change a setting."""
 
 
 class WorkerError(Exception):
@@ -26,6 +36,22 @@ class EngineStartError(WorkerError):
     """The engine cannot serve what the settings ask for. The message says what to change."""
 
     exit_code = EXIT_CONFIG
+
+
+class EngineAbsent(EngineStartError):
+    """No server answers where the settings say. It may only be late."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class EngineDied(WorkerError):
+    """The engine stopped while it served. Only a new process has a new one."""
+
+    exit_code = EXIT_SOFTWARE
+
+
+class EngineAway(WorkerError):
+    """The engine's server does not answer any more. No jobs may be taken until it does."""
 
 
 class RegistrationRefused(WorkerError):

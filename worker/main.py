@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from worker.connection import Connection, ConnectionLost
 from worker.connection import connect as connect_websocket
 from worker.engines import Engine, Progress, open_engine
-from worker.errors import EXIT_CONFIG, WorkerError
+from worker.errors import EXIT_CONFIG, EngineAway, WorkerError
 from worker.hardware import survey
 from worker.protocol import Registered, Registration
 from worker.session import Session
@@ -42,9 +42,9 @@ async def run_worker(
     """Serve until told to stop.
 
     Without `shutdown`, SIGINT and SIGTERM stop it. `progress` is told how the engine starts,
-    `on_registered` of every registration. Raises EngineStartError, and RegistrationRefused when the
-    router will never take this worker; both have an `exit_code`. A router that is away is waited
-    for.
+    `on_registered` of every registration. Raises EngineStartError, EngineDied, and
+    RegistrationRefused when the router will never take this worker; each has an `exit_code`. A
+    router that is away is waited for, and so is the server of a remote engine once it has served.
     """
     own = shutdown is None
     shutdown = shutdown or Shutdown()
@@ -119,14 +119,29 @@ async def _serve(
                 on_registered=lambda answer: _welcome(answer, on_registered),
             )
             await session.run(connection)
+        except EngineAway as error:
+            log.warning("%s; serving again when it does", error)
+            await _until_well(engine, shutdown, settings.reconnect_max_s)
         except ConnectionLost as error:
             if time.monotonic() - began > STEADY_AFTER_S:
                 failures = 0
             pause_s = backoff_s(failures, settings.reconnect_max_s)
             failures += 1
             log.warning("no line to the router (%s); trying again in %.1f s", error, pause_s)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(shutdown.asked.wait(), pause_s)
+            await _pause(shutdown, pause_s)
+
+
+async def _until_well(engine: Engine, shutdown: Shutdown, most_s: float) -> None:
+    """Returns when the engine can serve again, or the worker was told to stop."""
+    failures = 0
+    while not shutdown.asked.is_set() and not await engine.check():
+        await _pause(shutdown, backoff_s(failures, most_s))
+        failures += 1
+
+
+async def _pause(shutdown: Shutdown, pause_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(shutdown.asked.wait(), pause_s)
 
 
 async def _connect(connect: Connect, url: str, shutdown: Shutdown) -> Connection | None:

@@ -5,7 +5,8 @@
 
 While registered, every `assign` becomes an `Attempt` that the engine works on. When the line
 breaks, attempts are dropped: the router has given their jobs to somebody else. When the worker
-shuts down, it finishes what it can within the grace time and returns the rest.
+shuts down, it finishes what it can within the grace time and returns the rest. The same when its
+engine has gone: no worker is better than one that fails every job.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from worker.attempts import Attempt
 from worker.connection import Connection, ConnectionLost
 from worker.engines import Engine
-from worker.errors import JobError, RegistrationRefused
+from worker.errors import EngineAway, EngineDied, JobError, RegistrationRefused
 from worker.outbox import Outbox
 from worker.protocol import (
     MODEL_KIND,
@@ -72,11 +73,16 @@ class Session:
         self._attempts: dict[tuple[str, int], Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._engine_suspected = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def run(self, connection: Connection) -> None:
-        """Register and serve until shutdown. Raises ConnectionLost, or RegistrationRefused."""
+        """Register and serve until shutdown.
+
+        Raises ConnectionLost, RegistrationRefused, and EngineAway or EngineDied: a worker whose
+        engine has gone hangs up, so that no more jobs come to it only to fail.
+        """
         try:
             self._on_registered(await self._register(connection))
             self._say_ready()
@@ -88,7 +94,12 @@ class Session:
     async def _serve(self, connection: Connection) -> None:
         parts = [
             asyncio.ensure_future(part)
-            for part in (self._read(connection), self._write(connection), self._leave())
+            for part in (
+                self._read(connection),
+                self._write(connection),
+                self._leave(),
+                self._watch_engine(),
+            )
         ]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -195,6 +206,8 @@ class Session:
             done = await self._engine.generate(assign.job, attempt)
         except JobError as error:
             attempt.fail(error)
+            if error.code is FailureCode.ENGINE_ERROR:
+                self._engine_suspected.set()
             log.warning("job %s failed: %s", attempt.job_id[:SHOWN_OF_AN_ID], error.code)
             return
         attempt.finish(done)
@@ -215,6 +228,7 @@ class Session:
             # Not an error that an engine knows: a mistake of ours. The job must not hang for it.
             log.error("the engine broke", exc_info=bug)
             attempt.fail(JobError(FailureCode.ENGINE_ERROR, type(bug).__name__))
+            self._engine_suspected.set()
         self._say_ready()
         if not self._attempts:
             self._idle.set()
@@ -233,11 +247,29 @@ class Session:
     async def _leave(self) -> None:
         """Waits for shutdown, then until nothing is held or unsent. Its end ends the session."""
         await self._shutdown.asked.wait()
+        await self._let_go(self._grace_s)
+
+    async def _watch_engine(self) -> None:
+        """Looks at the engine whenever a job failed for its sake. Never returns."""
+        while True:
+            await self._engine_suspected.wait()
+            self._engine_suspected.clear()
+            try:
+                if await self._engine.check():
+                    continue
+            except EngineDied:
+                await self._let_go(FLUSH_TIMEOUT_S)
+                raise
+            await self._let_go(FLUSH_TIMEOUT_S)
+            raise EngineAway("the engine does not answer")
+
+    async def _let_go(self, grace_s: float) -> None:
+        """Take no more, finish what ends within the grace time, return the rest, send it all."""
         self._draining = True
         self._say_ready()
         if self._attempts:
-            log.info("finishing %d jobs, at most %g s", len(self._attempts), self._grace_s)
-        await _first_of(self._idle.wait(), self._shutdown.hurried.wait(), timeout_s=self._grace_s)
+            log.info("finishing %d jobs, at most %g s", len(self._attempts), grace_s)
+        await _first_of(self._idle.wait(), self._shutdown.hurried.wait(), timeout_s=grace_s)
         for attempt in list(self._attempts.values()):
             attempt.give_back()
         with contextlib.suppress(TimeoutError):

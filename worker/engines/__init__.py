@@ -91,6 +91,13 @@ class Engine(Protocol):
         """
         ...
 
+    async def check(self) -> bool:
+        """Whether it can serve now, asked after a job failed for no fault of its own.
+
+        False: not now, ask again. Raises EngineDied: never again in this process.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Free everything. No job may be running. Twice is harmless."""
         ...

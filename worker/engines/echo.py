@@ -105,6 +105,9 @@ class EchoEngine:
             return self._embed(job)
         return await self._write(job, sink, fault)
 
+    async def check(self) -> bool:
+        return True
+
     async def aclose(self) -> None:
         if self._clock is not None:
             self._clock.cancel()

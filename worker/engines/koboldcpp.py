@@ -18,7 +18,7 @@ import httpx
 
 from worker.engines import Done, Progress, Sink
 from worker.engines.kobold_prompt import chat_prompt
-from worker.engines.remote import check, discover, json_object, lost, open_client, sse_data
+from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
 from worker.engines.stopping import unless_cancelled
 from worker.engines.text_stream import TextStream
 from worker.errors import EngineStartError, JobError
@@ -133,6 +133,9 @@ class KoboldCppEngine:
             reason = FinishReason.CANCELLED
         text.end()
         return Done(reason, await self._usage(prompt_tokens, text.whole))
+
+    async def check(self) -> bool:
+        return await answers(self._client, f"{self._root}/model")
 
     async def aclose(self) -> None:
         await self._client.aclose()

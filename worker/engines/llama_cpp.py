@@ -26,7 +26,7 @@ from worker.engines.llama_decoder import Decoder
 from worker.engines.llama_embedder import Embedder
 from worker.engines.llama_model import LlamaModel
 from worker.engines.llama_prompt import PromptMaker
-from worker.errors import EngineStartError, JobError
+from worker.errors import EngineDied, EngineStartError, JobError
 from worker.protocol import EmbeddingSpec, FailureCode, JobSpec, ModelKind, ServedModel
 from worker.settings import WorkerSettings
 
@@ -122,6 +122,11 @@ class LlamaCppEngine:
             return await ended
         finally:
             self._working.discard(work)
+
+    async def check(self) -> bool:
+        if self._computer is None:
+            raise EngineDied("llama.cpp has stopped")
+        return True
 
     async def aclose(self) -> None:
         self._stopping = True

@@ -62,7 +62,9 @@ class LlamaModel:
         self._model: lib.llama_model_p | None = model
         # Prompts are made in other threads than the one that closes: freed memory is never read.
         self._open = threading.Lock()
+        # Asked for every token: a call into C would give the interpreter's lock away each time.
         self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
         vocab = lib.llama_model_get_vocab(model)
         assert vocab is not None
         self.vocab = vocab
@@ -132,7 +134,10 @@ class LlamaModel:
 
     def ends_text(self, token: int) -> bool:
         """Whether the model says by this token that it has finished."""
-        return lib.llama_vocab_is_eog(self.vocab, token)
+        known = self._ends.get(token)
+        if known is None:
+            known = self._ends[token] = lib.llama_vocab_is_eog(self.vocab, token)
+        return known
 
     @property
     def begin_token(self) -> int:

@@ -16,7 +16,7 @@ import httpx
 from pydantic import ValidationError
 
 from worker.engines import Done, Progress, Sink
-from worker.engines.remote import check, discover, json_object, lost, open_client, sse_data
+from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
 from worker.engines.stopping import unless_cancelled
 from worker.errors import EngineStartError, JobError
 from worker.protocol import (
@@ -139,6 +139,9 @@ class OpenAIServerEngine:
             # The server was cut off before it could count.
             return Done(FinishReason.CANCELLED, answer.usage)
         return Done(answer.finish_reason or FinishReason.STOP, answer.usage)
+
+    async def check(self) -> bool:
+        return await answers(self._client, f"{self._prefix}/models")
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from worker.errors import EngineStartError, JobError
+from worker.errors import EngineAbsent, EngineStartError, JobError
 from worker.protocol import FailureCode
 from worker.settings import WorkerSettings
 
@@ -50,7 +50,7 @@ async def discover(client: httpx.AsyncClient, path: str) -> Any:
     try:
         answer = await client.get(path, timeout=CONNECT_TIMEOUT_S)
     except httpx.HTTPError as error:
-        raise EngineStartError(
+        raise EngineAbsent(
             f"no server answers at {client.base_url} ({type(error).__name__}); "
             "SATHERD_ENGINE_URL names it"
         ) from error
@@ -59,13 +59,21 @@ async def discover(client: httpx.AsyncClient, path: str) -> Any:
             f"the server at {client.base_url} wants a key: set SATHERD_ENGINE_API_KEY"
         )
     if answer.status_code != 200:
-        raise EngineStartError(
-            f"{client.base_url}{path.lstrip('/')} answers with status {answer.status_code}"
-        )
+        kind = EngineAbsent if answer.status_code >= 500 else EngineStartError
+        raise kind(f"{client.base_url}{path.lstrip('/')} answers with status {answer.status_code}")
     try:
         return answer.json()
     except ValueError as error:
         raise EngineStartError(f"{client.base_url}{path.lstrip('/')} is not JSON") from error
+
+
+async def answers(client: httpx.AsyncClient, path: str) -> bool:
+    """Whether the server is there and well enough to answer a question about itself."""
+    try:
+        answer = await client.get(path, timeout=CONNECT_TIMEOUT_S)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200
 
 
 async def check(answer: httpx.Response) -> None:
