@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -462,3 +463,42 @@ async def test_the_context_can_be_set_smaller(tmp_path: Path):
     assert engine.models[0].context_length == engine.models[0].max_tokens == 256
     assert (await fails(engine, chat("word " * 400))).code is FailureCode.PROMPT_TOO_LONG
     await engine.aclose()
+
+
+async def test_a_crowd_of_jobs_with_cancels_leaves_the_engine_well(engine: LlamaCppEngine):
+    """Every job ends, whatever happens to it, and no slot is lost."""
+    rng = random.Random(1)
+
+    async def one(number: int) -> FinishReason | FailureCode:
+        sink = RecordingSink(cancel_after_tokens=rng.choice([None, None, 1, 5, 30]))
+        if rng.random() < 0.1:
+            sink.cancel()
+        job: JobSpec = chat(
+            rng.choice(["Tell me a story.", "Hello!", f"What is {number} plus 1?", "x " * 2000]),
+            max_tokens=rng.choice([1, 10, 60]),
+            stop=rng.choice([[], ["."], ["the"]]),
+            sampling=Sampling(seed=number, temperature=rng.choice([0, 1])),
+        )
+        if rng.random() < 0.2:
+            job = EmbeddingSpec(model="m", input=[f"text {number}"] * rng.randint(1, 40))
+        await asyncio.sleep(rng.random() / 10)
+        try:
+            done = await engine.generate(job, sink)
+        except JobError as error:
+            return error.code
+        if done.usage is not None and not isinstance(job, EmbeddingSpec):
+            assert sink.tokens <= done.usage.completion_tokens <= job.max_tokens
+        return done.finish_reason
+
+    async with asyncio.timeout(2 * PATIENCE_S):
+        endings = set(await asyncio.gather(*map(one, range(80))))
+    assert endings == {
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+        FinishReason.CANCELLED,
+        FailureCode.PROMPT_TOO_LONG,
+    }
+    texts = await asyncio.gather(
+        *(run(engine, chat("What is the capital of France?")) for _ in range(4))
+    )
+    assert all("Paris" in text for text, _ in texts)

@@ -11,6 +11,7 @@ import pytest
 from worker import demo_model
 from worker.engines import open_engine
 from worker.engines.llama_cpp import LlamaCppEngine
+from worker.engines.llama_model import LlamaModel
 from worker.errors import EngineStartError
 from worker.settings import WorkerSettings
 
@@ -57,6 +58,37 @@ async def test_an_architecture_that_llama_cpp_does_not_know_is_told(tmp_path: Pa
     data = demo_model.PATH.read_bytes()
     path.write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lxxxa"))
     assert "lxxxa" in await start_error(path)
+
+
+async def test_a_chat_template_that_is_none_is_told(tmp_path: Path):
+    path = tmp_path / "template.gguf"
+    data = demo_model.PATH.read_bytes()
+    assert data.count(b"{% endfor %}") == 1
+    path.write_bytes(data.replace(b"{% endfor %}", b"{% enfdor %}"))
+    assert "chat template is broken" in await start_error(path)
+
+
+def test_a_load_can_be_stopped():
+    seen: list[float] = []
+
+    def until_half(fraction: float) -> bool:
+        seen.append(fraction)
+        return fraction < 0.5
+
+    with pytest.raises(EngineStartError):
+        LlamaModel(demo_model.PATH, gpu_layers=0, on_progress=until_half)
+    assert 0.5 <= seen[-1] < 1
+
+
+async def test_a_bug_while_starting_ends_the_wait_for_it(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    seen: list[object] = []
+    monkeypatch.setattr("threading.excepthook", lambda args: seen.append(args.exc_type))
+    monkeypatch.setattr(LlamaCppEngine, "_prepare", broken)
+    assert "broke" in await start_error(demo_model.PATH)
+    assert seen == [ZeroDivisionError]
 
 
 async def test_after_a_refused_file_a_good_one_loads(tmp_path: Path):

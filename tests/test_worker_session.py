@@ -230,19 +230,41 @@ async def test_an_engine_that_fails_midway_has_said_what_it_had(
 
 
 async def test_a_bug_in_an_engine_fails_the_job_and_not_the_worker(
-    router: RouterStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    router: RouterStandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("a mistake of ours, about the prompt 'secret words'")
+    def broken(engine: EchoEngine, job: EmbeddingSpec) -> None:
+        raise ZeroDivisionError(*job.input)
 
     monkeypatch.setattr(EchoEngine, "_embed", broken)
     async with working(router, tmp_path):
         line = await router.next_line()
-        await line.assign("job-1", EmbeddingSpec(model="echo", input=["a"]))
+        await line.assign("job-1", EmbeddingSpec(model="echo", input=["secret words"]))
         failed = (await line.frames_until("failed"))[-1]
         assert (failed.code, failed.message) == (FailureCode.ENGINE_ERROR, "ZeroDivisionError")
         await line.assign("job-2", chat())
         await line.frames_until("finished", "job-2")
+    assert "ZeroDivisionError" in caplog.text and "in broken" in caplog.text
+    assert "secret words" not in caplog.text
+
+
+async def test_a_worker_told_to_stop_while_its_model_loads_stops(
+    router: RouterStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loading = asyncio.Event()
+
+    async def load(engine: EchoEngine, progress: object) -> None:
+        loading.set()
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(EchoEngine, "start", load)
+    async with working(router, tmp_path) as (running, shutdown):
+        await asyncio.wait_for(loading.wait(), PATIENCE_S)
+        shutdown.ask()
+        await asyncio.wait_for(running, PATIENCE_S)
+        assert not router.registrations
 
 
 async def test_embeddings_come_back_in_the_finished_frame(router: RouterStandIn, tmp_path: Path):

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -226,7 +227,9 @@ class Session:
         self._attempts.pop(attempt.key, None)
         if not task.cancelled() and (bug := task.exception()) is not None:
             # Not an error that an engine knows: a mistake of ours. The job must not hang for it.
-            log.error("the engine broke", exc_info=bug)
+            # Where, and not what: the words of an exception may quote a prompt.
+            where = "".join(traceback.format_tb(bug.__traceback__))
+            log.error("the engine broke: %s\n%s", type(bug).__name__, where)
             attempt.fail(JobError(FailureCode.ENGINE_ERROR, type(bug).__name__))
             self._engine_suspected.set()
         self._say_ready()

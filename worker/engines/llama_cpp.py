@@ -144,22 +144,24 @@ class LlamaCppEngine:
     # --- the engine thread -----------------------------------------------------------------------
 
     def _run(self, progress: Progress) -> None:
+        model = computer = None
+        # Told if a bug ends this thread: nobody may wait for it for ever.
+        error: EngineStartError | None = EngineStartError("the llama.cpp engine broke; see above")
         try:
             model = self._load(progress)
-        except EngineStartError as error:
-            self._call(self._is_started, error)
-            return
-        try:
             computer = self._prepare(model)
-        except EngineStartError as error:
-            model.close()
+            error = None
+        except EngineStartError as refusal:
+            error = refusal
+        finally:
             self._call(self._is_started, error)
+            if model is not None and computer is None:
+                model.close()
+        if model is None or computer is None:
             return
-        self._call(self._is_started, None)
         try:
             computer.run()
         finally:
-            # Not only after `stop`: a bug that ends this thread must not leave jobs hanging.
             self._call(self._fail_all)
             computer.close()
             model.close()
@@ -179,11 +181,11 @@ class LlamaCppEngine:
 
     def _prepare(self, model: LlamaModel) -> Computer:
         context = self._wanted_context or min(model.train_context, CONTEXT)
+        self._prompts = PromptMaker(model, context=context)
         decoder = None
         if model.writes_text:
             decoder = Decoder(model, slots=self._slots, context=context, threads=self._threads)
         longest = self._longest_embedding = min(context, LONGEST_EMBEDDING)
-        self._prompts = PromptMaker(model, context=context)
         self._models = self._served(writes_text=model.writes_text, context=context)
         self._computer = Computer(
             decoder,

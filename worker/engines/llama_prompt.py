@@ -14,7 +14,7 @@ from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
 from worker.engines.llama_model import LONGEST_TOKEN_BYTES, LlamaModel
 from worker.engines.llama_sampling import SamplerPlan, plan_sampling
-from worker.errors import JobError
+from worker.errors import EngineStartError, JobError
 from worker.protocol import ChatSpec, CompletionSpec, FailureCode
 
 CHATML = (
@@ -56,17 +56,21 @@ class PromptMaker:
     """Makes prompts for one model. Safe in any thread, several at a time."""
 
     def __init__(self, model: LlamaModel, *, context: int) -> None:
+        """Raises EngineStartError for a chat template that is no template."""
         self._model = model
         self._context = context
         template = model.chat_template
         # A model without a template is a base model: ChatML, and its end marker as a stop string,
         # is what llama.cpp's own server does then.
         self._extra_stops = () if template else (CHATML_END,)
-        self._formatter = Jinja2ChatFormatter(
-            template or CHATML,
-            eos_token=model.special_text(model.end_token),
-            bos_token=model.special_text(model.begin_token),
-        )
+        try:
+            self._formatter = Jinja2ChatFormatter(
+                template or CHATML,
+                eos_token=model.special_text(model.end_token),
+                bos_token=model.special_text(model.begin_token),
+            )
+        except jinja2.TemplateError as error:
+            raise EngineStartError(f"the model's chat template is broken: {error}") from error
 
     def make(self, job: ChatSpec | CompletionSpec) -> Prompt:
         """Raises JobError: PROMPT_TOO_LONG, or BAD_REQUEST with a reason."""
