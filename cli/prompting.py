@@ -22,7 +22,7 @@ from cli.balance import balance_app, pay
 from cli.options import Key, RouterUrl, explain_errors, open_client, stderr
 from cli.router_location import data_dir, find_router_url
 from cli.wallets import money, save_credential
-from client import Completion, Info, PromptStream, Purchase, Quote
+from client import Client, Completion, Info, Job, PromptStream, Purchase, Quote
 from client.core import DEFAULT_MAX_FEE_MSAT
 from client.errors import SatherdError
 from client.events import (
@@ -101,7 +101,7 @@ def prompt(
             max_wait_s=max_wait_s,
         )
         show = Show(stderr, info, keep=save_credential_to, quiet=as_json)
-        with stream, _kept_credential(show), _cancelled_by_ctrl_c(stream, show):
+        with stream, _kept_credential(show), _cancelled_by_ctrl_c(client, stream, show):
             for event in stream:
                 show.take(event)
         show.finish(stream.completion)
@@ -248,15 +248,22 @@ def _kept_credential(show: Show) -> Iterator[None]:
 
 
 @contextmanager
-def _cancelled_by_ctrl_c(stream: PromptStream, show: Show) -> Iterator[None]:
+def _cancelled_by_ctrl_c(client: Client, stream: PromptStream, show: Show) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         show.pause()
-        jobs = stream.cancel()
+        jobs = [_ended(client, job, stream) for job in stream.cancel()]
         charged_msat = sum(job.charged_msat for job in jobs)
         stderr.print(f"\nCancelled; charged {charged_msat} msat." if jobs else "\nCancelled.")
         raise typer.Exit(CANCELLED) from None
+
+
+def _ended(client: Client, job: Job, stream: PromptStream) -> Job:
+    """A cancelled job once its worker has stopped, which is when its charge is known."""
+    if job.ended or stream.purchase is None:
+        return job
+    return client.follow(job.id, stream.purchase.credential)
 
 
 def _messages(words: str, system: str | None) -> list[dict[str, Any]]:

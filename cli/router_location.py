@@ -11,7 +11,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def data_dir(given: Path | None = None) -> Path:
     """`--data-dir`, SATHERD_DATA_DIR, or the user's own."""
-    return Path(given or os.environ.get("SATHERD_DATA_DIR") or Path.home() / ".local/share/satherd")
+    return Path(given or os.environ.get("SATHERD_DATA_DIR") or Path.home() / ".satherd")
 
 
 def find_router_url(given: str | None, directory: Path | None = None) -> str:

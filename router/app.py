@@ -25,7 +25,16 @@ from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
 from billing.withdrawals import Withdrawals
 from router import job_store, workers
-from router.api import info, jobs, openai, simulated, worker_socket
+from router.api import (
+    balance,
+    balance_keys,
+    info,
+    jobs,
+    openai,
+    simulated,
+    withdrawals,
+    worker_socket,
+)
 from router.api.middleware import BodyLimit, Cors
 from router.attempts import Attempts
 from router.core import Core
@@ -79,7 +88,8 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    for door in (info, jobs, openai, worker_socket):
+    doors = (info, jobs, openai, worker_socket, balance, balance_keys, withdrawals)
+    for door in doors:
         app.include_router(door.router)
     if settings.simulated:
         app.include_router(simulated.router)

@@ -35,6 +35,8 @@ class DatabaseUnavailable(Exception):
 _GONE = (
     OSError,
     asyncpg.InterfaceError,
+    # Raised for statements under way when the server is killed.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,

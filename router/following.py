@@ -82,7 +82,7 @@ class _Reader:
     """One reader's place in a stream in memory."""
 
     def __init__(
-        self, jobs: Jobs, stream: JobStream, attempt: int, characters: int, positions: bool
+        self, jobs: Jobs, stream: JobStream, attempt: int, characters: int, place_at_once: bool
     ) -> None:
         self._jobs = jobs
         self._stream = stream

@@ -10,6 +10,8 @@ import logging
 import re
 import sys
 from collections.abc import MutableMapping
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -21,6 +23,7 @@ _SECRETS = re.compile(
     r"|(?i:(?:preimage|macaroon|worker_key|admin_token|password)\W{1,4})[A-Za-z0-9+/_=-]{8,}"
 )
 HIDDEN = "[hidden]"
+FILE_BYTES = 10_000_000
 
 
 def hide_secrets(
@@ -33,8 +36,30 @@ def hide_secrets(
     return event
 
 
-def set_up(log_format: str, level: int = logging.INFO) -> None:
-    """Send all logs to standard error in one form. Call once, before anything is logged."""
+def set_up(
+    log_format: str, *, file: Path | None = None, screen_level: int = logging.INFO
+) -> None:
+    """Send all logs to standard error in one form, from `screen_level` on; to `file` everything.
+
+    Call once, before anything is logged.
+    """
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(screen_level)
+    screen.setFormatter(_formatter(log_format, colors=sys.stderr.isatty()))
+    handlers: list[logging.Handler] = [screen]
+    if file is not None:
+        kept = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=2)
+        kept.setFormatter(_formatter(log_format, colors=False))
+        handlers.append(kept)
+    root = logging.getLogger()
+    root.handlers[:] = handlers
+    root.setLevel(logging.INFO)
+    # Requests of our own HTTP clients name outside addresses with their queries.
+    for noisy in ("httpx", "httpcore", "uvicorn", "alembic", "websockets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _formatter(log_format: str, *, colors: bool) -> logging.Formatter:
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -45,18 +70,9 @@ def set_up(log_format: str, level: int = logging.INFO) -> None:
     renderer = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        else structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
-        )
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    # Requests of our own HTTP clients name outside addresses with their queries.
-    for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic", "websockets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -21,6 +21,7 @@ class RouterServer:
     """One router's HTTP server. Port 0 takes a free one; `url` says which."""
 
     def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
+        self.app = app
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=2048)
         # Inherited by connections: without it a small answer waits 40 ms for an acknowledgement.

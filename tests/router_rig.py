@@ -185,7 +185,7 @@ class ScriptedWorker:
 async def running_rig(folder: Path, database_url: str, **settings: Any) -> AsyncIterator[Rig]:
     """A router on a fresh simulated network."""
     network = await Network.open(folder / "network")
-    lightning = NetworkServer(network)
+    lightning = NetworkServer(network, port=0)
     await lightning.start()
     given = {
         "data_dir": folder / "router",
@@ -209,4 +209,4 @@ async def running_rig(folder: Path, database_url: str, **settings: Any) -> Async
     finally:
         await server.stop()
         await lightning.stop()
-        await network.close()
+        await network.aclose()

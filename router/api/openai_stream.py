@@ -41,7 +41,7 @@ class AnswerStream:
         until = time.monotonic() + FIRST_OUTPUT_S
         while (left_s := until - time.monotonic()) > 0:
             self._next = asyncio.ensure_future(anext(self._events))
-            await asyncio.wait({self._next}, timeout=left_s)
+            await asyncio.wait([self._next], timeout=left_s)
             if not self._next.done():
                 return None
             told = self._next.result()
@@ -55,9 +55,10 @@ class AnswerStream:
         return None
 
     def _failed_alone(self, outcome: Outcome) -> Problem | None:
-        if len(self._bought.job_ids) > 1 or outcome.state is State.SUCCEEDED:
+        jobs = self._bought.job_ids
+        if len(jobs) != 1 or outcome.state is State.SUCCEEDED:
             return None
-        return shapes.job_problem(outcome, self._bought.job_ids[0])
+        return shapes.job_problem(outcome, jobs[0])
 
     async def close(self) -> None:
         """Stop reading."""

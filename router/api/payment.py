@@ -16,12 +16,13 @@ from fastapi import Request
 from billing import accounts, l402
 from billing.accounts import Key
 from billing.errors import BadCredential
-from billing.invoices import IssuedInvoice, State
+from billing.invoices import IssuedInvoice, Purpose, State
 from billing.l402_caveats import RequestFacts, write_caveats
 from billing.lightning import BackendError
 from router.core import Core
 
 _KEY = re.compile(r"(?:\S+\s+)?(sk-[A-Za-z0-9_-]{22})\s*\Z")
+_OWN_CAPABILITY: dict[str, str] = {Purpose.TOPUP: "topup", Purpose.BUMP: "jobs"}
 _SETTLED = frozenset({State.PAID, State.LATE, State.UNDERPAID})
 
 
@@ -40,8 +41,19 @@ class Payer:
         return self.key.id if self.key and self.key.limit_msat is not None else None
 
     @property
+    def owns_account(self) -> bool:
+        """Whether this payer may do with the account what he likes.
+
+        Not so a payment that others may make for an account: a bump by a job's token, a top-up by a
+        key with a limit. It proves that it was made, not that its payer may spend what is there.
+        """
+        if self.key is not None or self.purpose == Purpose.QUOTE:
+            return True
+        return self.purpose == Purpose.TOPUP and self.reference == self.account_id
+
+    @property
     def may_withdraw(self) -> bool:
-        return self.key.can_withdraw if self.key else True
+        return self.key.can_withdraw if self.key else self.owns_account
 
 
 def facts(core: Core, capability: str, **about: Any) -> RequestFacts:
@@ -62,13 +74,20 @@ async def identify(core: Core, request: Request, about: RequestFacts) -> Payer |
             return Payer(key.account_id, key=key)
     credentials = l402.parse_authorization(values)
     if credentials:
-        return await _by_l402(core, credentials, about)
+        return _within_purpose(await _by_l402(core, credentials, about), about)
     claim = request.headers.get("x-claim-token")
     if claim:
-        return await _by_claim(core, claim)
+        return _within_purpose(await _by_claim(core, claim), about)
     if any(value.strip() for value in values):
         raise BadCredential("unknown")
     return None
+
+
+def _within_purpose(payer: Payer, about: RequestFacts) -> Payer:
+    """Payments for somebody's account open only what they are about. Raises BadCredential."""
+    if not payer.owns_account and about.capability != _OWN_CAPABILITY.get(payer.purpose or ""):
+        raise BadCredential("insufficient")
+    return payer
 
 
 async def _by_l402(core: Core, credentials: list[l402.Credential], about: RequestFacts) -> Payer:

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -24,9 +25,9 @@ _PR_SET_PDEATHSIG = 1
 _PARENT_POLL_S = 1.0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 after a clean stop, 1 when it cannot start."""
-    options = _parser().parse_args()
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     # Scripted faults cut connections on purpose, which uvicorn takes for errors of ours.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

@@ -1,0 +1,51 @@
+# `make demo` shows a paid prompt from beginning to end; `make test` proves everything.
+# Both make what they need in .venv the first time; llama.cpp is compiled once (two to seven minutes).
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null && \
+	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= .satherd/demo
+
+.PHONY: demo up test lint bench clean help
+
+demo: $(VENV)/.engine ## play the whole paid story once
+	@$(BIN)/satherd demo --data-dir $(DEMO_DIR)
+
+up: $(VENV)/.engine ## run everything on this machine until Ctrl-C
+	@$(BIN)/satherd up
+
+test: $(VENV)/.dev ## lint, types, import contracts, all tests
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev ## measure; docs/performance.md quotes it
+	$(BIN)/python -m bench.run
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Satherd needs Python 3.11 or 3.12 (apt-get install python3-venv)"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON) and installing what Satherd needs (a minute, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[router]'
+	@touch $@
+
+$(VENV)/.engine: $(VENV)/.installed
+	@$(BIN)/python -m worker.llama_install
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.engine
+	@echo "installing what the tests need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[router,dev]'
+	@touch $@
+
+clean: ## remove the environment and the demo's state
+	rm -rf $(VENV) .satherd
+
+help:
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
