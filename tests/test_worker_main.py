@@ -148,3 +148,28 @@ async def test_a_worker_whose_server_is_not_there_exits_with_69_to_be_started_ag
         code, said = await ended(process)
         assert code == 69
         assert "no server answers" in said and "Traceback" not in said
+
+
+BASE_INSTALL = {
+    "annotated_types", "anyio", "certifi", "dotenv", "h11", "httpcore", "httpx", "idna", "pydantic",
+    "pydantic_core", "pydantic_settings", "sniffio", "typing_extensions", "typing_inspection",
+    "websockets",
+}  # fmt: skip
+# httpx takes these for its own command if they are there.
+OPTIONAL = {"click", "markdown_it", "mdurl", "pygments", "rich"}
+
+
+async def test_a_worker_with_a_remote_engine_needs_the_base_install_only():
+    """No native library, no router and no billing comes in with it."""
+    code = (
+        "import sys, worker.main, worker.engines.openai_server, worker.engines.koboldcpp\n"
+        "print(*{name.partition('.')[0] for name, module in sys.modules.items()\n"
+        "        if getattr(module, '__file__', None)})"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    loaded = {name for name in out.decode().split() if not name.startswith("_")}
+    foreign = loaded - set(sys.stdlib_module_names) - BASE_INSTALL - OPTIONAL
+    assert foreign == {"worker"}
