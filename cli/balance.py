@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from cli.router_location import find_router_url
 from cli.wallets import money
 from client import SimulatedWallet
 from client.challenge import invoice_amount_msat
+
+WITHDRAWAL_WAIT_S = 30.0
 
 balance_app = typer.Typer(
     help="The account behind a key: show it, top it up, give out keys, withdraw.",
@@ -133,10 +136,21 @@ def withdraw(
     amount_msat: Annotated[int | None, typer.Option(min=1, help="With --address.")] = None,
     router_url: RouterUrl = None,
 ) -> None:
-    """Take money out, to an invoice or a Lightning address; the routing fee is yours."""
+    """Take money out, to an invoice or a Lightning address; the routing fee is yours.
+
+    Prints how it ended, or how it stands after half a minute: a payment on its way is not lost.
+    Without --amount-msat everything goes to the address.
+    """
     with explain_errors(), open_client(find_router_url(router_url), key) as (client, _):
         started = client.withdraw(invoice=invoice, address=address, amount_msat=amount_msat)
-        typer.echo(json.dumps(dict(started)))
+        shown = started
+        gives_up_at = time.monotonic() + WITHDRAWAL_WAIT_S
+        while shown.get("state") not in ("paid", "failed") and time.monotonic() < gives_up_at:
+            time.sleep(0.5)
+            shown = client.withdrawal(str(started["id"]))
+        typer.echo(json.dumps(dict(shown)))
+    if shown.get("state") == "failed":
+        raise typer.Exit(1)
 
 
 def pay(

@@ -168,7 +168,7 @@ def follow(
 
 
 class Line:
-    """One connection to an event stream. `events` counts what came over it."""
+    """One connection to an event stream. `events` counts what it had to say about the jobs."""
 
     def __init__(self, path: str, credential: Credentialed, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -200,8 +200,8 @@ class Line:
 
     def _take(self, data: bytes) -> Flow[None]:
         for server_event in self._parser.feed(data):
-            self.events += 1
             for event in self._tracker.take(server_event):
+                self.events += 1
                 yield Emit(event)
         if self._parser.retry_ms is not None:
             self.asked_wait_s = min(self._parser.retry_ms / 1000, LONGEST_RETRY_AFTER_S)

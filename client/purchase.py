@@ -17,7 +17,7 @@ from client.answers import Info, Invoice, Purchase, Quote, job_list
 from client.credentials import Credential
 from client.errors import FeeOverLimit, NotQueued, RouterRefused, WrongQuote
 from client.events import InvoiceDue, Paid, Quoted
-from client.exchange import Emit, Flow, Patience, Request, Wait, ask, send
+from client.exchange import Emit, Flow, Patience, Request, Wait, ask, must, send
 from client.paying import check_invoice, pay_invoice
 from client.pricing import base_fee_msat, prompt_tokens
 
@@ -122,7 +122,7 @@ def buy(
     check_quote(quote, body, terms)
     yield Emit(Quoted(quote))
     if credential is not None:
-        purchase = yield from _submit(quote, terms, credential, patience)
+        purchase = yield from _submit(quote, body, terms, credential, patience)
     else:
         purchase = yield from _pay_quote(quote, terms, patience)
     yield Emit(Paid(purchase))
@@ -130,13 +130,35 @@ def buy(
 
 
 def _submit(
-    quote: Quote, terms: Terms, credential: Credential, patience: Patience
+    quote: Quote,
+    body: Mapping[str, Any],
+    terms: Terms,
+    credential: Credential,
+    patience: Patience,
 ) -> Flow[Purchase]:
+    """Start the quote from a balance; where that cannot be, buy the same request at its price.
+
+    A key with a spending limit starts no stored quote, and a balance that is too small for the
+    router's default length of an answer buys a shorter one only with the request itself.
+    """
+    shown = {**terms.headers(), **credential.headers()}
     # The key makes the request repeatable: without it a lost answer could not be asked for again.
-    headers = {**terms.headers(), **credential.headers(), "Idempotency-Key": str(uuid.uuid4())}
-    request = Request("POST", "/jobs", {"quote_id": quote.id}, headers)
-    raw = yield from ask(request, patience=patience)
+    start = Request("POST", "/jobs", {"quote_id": quote.id}, _once(shown))
+    try:
+        raw = yield from ask(start, patience=patience)
+    except RouterRefused as error:
+        shorter = error.code == "insufficient_balance" and body.get("max_tokens") is None
+        if error.status != 403 and not shorter:
+            raise
+        shown["X-Max-Fee-Msat"] = str(quote.offer_msat)
+        direct = Request("POST", "/jobs", body, _once(shown))
+        raw = yield from ask(direct, patience=patience)
+        quote = replace(quote, id=must(raw, "quote_id", str))
     return Purchase(quote, 0, credential, job_list(raw))
+
+
+def _once(headers: Mapping[str, str]) -> dict[str, str]:
+    return {**headers, "Idempotency-Key": str(uuid.uuid4())}
 
 
 def _pay_quote(quote: Quote, terms: Terms, patience: Patience) -> Flow[Purchase]:
