@@ -157,7 +157,12 @@ class WorkerSession:
                 self._finished(frame)
             case Failed():
                 self._failed(frame)
-            case Ready() | Chunks():
+            case Ready():
+                # No room where we count some: it is about to leave, and would give a job back.
+                if frame.slots_free == 0 and self.worker.free_slots > 0:
+                    self.worker.draining = True
+                self._on_idle()
+            case Chunks():
                 self._on_idle()
 
     def _current(self, job_id: str, attempt: int) -> RunningAttempt | None:
