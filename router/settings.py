@@ -1,4 +1,4 @@
-"""What an operator may set: environment variables `SATHERD_…`, `.env`, or flags of the same name."""
+"""What an operator may set: `SATHERD_…` in the environment or `.env`, or flags of the same name."""
 
 from __future__ import annotations
 
@@ -20,53 +20,156 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SATHERD_", env_file=".env", extra="ignore")
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    data_dir: Path = Field(default_factory=default_data_dir)
-    public_url: str | None = None
-    trusted_proxies: str = ""
-    name: str = "Satherd"
-    contact: str | None = None
-    terms: str | None = None
+    host: str = Field(
+        default="127.0.0.1",
+        description="The address to listen on; 0.0.0.0 for all, behind a TLS proxy.",
+    )
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one."
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="Where this router keeps its state, and the embedded database its data.",
+    )
+    public_url: str | None = Field(
+        default=None,
+        description="The address that clients and workers reach it at, if it is another.",
+    )
+    trusted_proxies: str = Field(
+        default="",
+        description="Networks of proxies whose X-Forwarded-For is believed, comma separated.",
+    )
+    name: str = Field(default="Satherd", description="What this router calls itself in /info.")
+    contact: str | None = Field(
+        default=None, description="How to reach its operator; shown in /info."
+    )
+    terms: str | None = Field(
+        default=None, description="Its terms of use, or where they are; shown in /info."
+    )
 
-    database_url: SecretStr | None = None
-    nats_url: str | None = None
-    admin_token: SecretStr = SecretStr("")
-    secret: SecretStr | None = None
-    previous_secret: SecretStr | None = None
+    database_url: SecretStr | None = Field(
+        default=None, description="A PostgreSQL of your own in place of the embedded one."
+    )
+    nats_url: str | None = Field(
+        default=None,
+        description="The NATS server between several routers on one database; unset: one router.",
+    )
+    admin_token: SecretStr = Field(
+        default=SecretStr(""),
+        description="Opens the admin API; at least 16 characters, needed with real money.",
+    )
+    secret: SecretStr | None = Field(
+        default=None,
+        description="What credentials are made with; unset: made once, in the data directory.",
+    )
+    previous_secret: SecretStr | None = Field(
+        default=None, description="The secret before a change: what was made with it stays good."
+    )
 
-    lightning: str = "simulated"
-    simulated_url: str | None = None
-    lnurl_allow_private: bool = False
+    lightning: str = Field(
+        default="simulated",
+        description="The Lightning node: simulated, lnd, cln, phoenixd, lnbits, nwc, electrum.",
+    )
+    simulated_url: str | None = Field(
+        default=None, description="The simulated network to use, where `satherd up` starts none."
+    )
+    lnurl_allow_private: bool = Field(
+        default=False,
+        description="Development only: pay to addresses on private networks; never on mainnet.",
+    )
 
-    payout_threshold_msat: int = Field(default=1_000_000, ge=1000)
-    payout_interval_s: int = Field(default=86_400, ge=1)
-    commission_ppm: int = Field(default=50_000, ge=0, le=1_000_000)
+    payout_threshold_msat: int = Field(
+        default=1_000_000,
+        ge=1000,
+        description="A worker is paid as soon as this much is due, in msat.",
+    )
+    payout_interval_s: int = Field(
+        default=86_400,
+        ge=1,
+        description="How often what is over the threshold is paid, in seconds.",
+    )
+    commission_ppm: int = Field(
+        default=50_000,
+        ge=0,
+        le=1_000_000,
+        description="The router's part of each charge, in parts per million.",
+    )
 
-    default_max_tokens: int = Field(default=1024, ge=1)
-    default_max_wait_s: int = Field(default=1200, ge=1)
-    max_wait_s: int = Field(default=86_400, ge=1)
-    max_n: int = Field(default=128, ge=1, le=1024)
-    max_multiplier: int = Field(default=1000, ge=1, le=1_000_000)
-    image_prompt_tokens: int = Field(default=765, ge=0)
-    min_amount_msat: int = Field(default=1000, ge=1000)
-    max_amount_msat: int = Field(default=100_000_000_000, ge=1000)
-    quote_ttl_s: int = Field(default=600, ge=10)
-    topup_ttl_s: int = Field(default=3600, ge=10)
-    wipe_after_s: int = Field(default=600, ge=1)
+    default_max_tokens: int = Field(
+        default=1024,
+        ge=1,
+        description="The longest answer, in tokens, where a request does not say.",
+    )
+    default_max_wait_s: int = Field(
+        default=1200,
+        ge=1,
+        description="How long a job waits for a worker where a request does not say.",
+    )
+    max_wait_s: int = Field(
+        default=86_400, ge=1, description="The longest wait that a request may ask for."
+    )
+    max_n: int = Field(default=128, ge=1, le=1024, description="The most answers of one request.")
+    max_multiplier: int = Field(
+        default=1000,
+        ge=1,
+        le=1_000_000,
+        description="The highest multiplier of the base fee that is taken.",
+    )
+    image_prompt_tokens: int = Field(
+        default=765, ge=0, description="Tokens that are charged for an image in a prompt."
+    )
+    min_amount_msat: int = Field(
+        default=1000, ge=1000, description="The least amount of an invoice."
+    )
+    max_amount_msat: int = Field(
+        default=100_000_000_000, ge=1000, description="The most that one top-up may bring."
+    )
+    quote_ttl_s: int = Field(
+        default=600, ge=10, description="How long a quote and its invoice are good."
+    )
+    topup_ttl_s: int = Field(
+        default=3600, ge=10, description="How long the invoice of a top-up is good."
+    )
+    wipe_after_s: int = Field(
+        default=600,
+        ge=1,
+        description="How long prompts and answers are kept after a job was last asked for.",
+    )
 
-    lease_s: int = Field(default=60, ge=5)
-    first_token_timeout_s: float = Field(default=180, gt=0)
-    stall_timeout_s: float = Field(default=60, gt=0)
-    max_attempts: int = Field(default=3, ge=1)
-    drain_s: float = Field(default=20, ge=0)
+    lease_s: int = Field(
+        default=60,
+        ge=5,
+        description="After how long without a sign of life a worker's jobs are taken back.",
+    )
+    first_token_timeout_s: float = Field(
+        default=180, gt=0, description="How long a worker may take to its first token."
+    )
+    stall_timeout_s: float = Field(
+        default=60, gt=0, description="How long a worker may pause between two tokens."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, description="How many workers try a job before it fails and is refunded."
+    )
+    drain_s: float = Field(
+        default=20, ge=0, description="How long jobs that run may go on when the router stops."
+    )
 
-    rate_limits: Literal["on", "off"] = "on"
-    invoices_per_minute: int = Field(default=60, ge=1)
-    jobs_per_minute: int = Field(default=600, ge=1)
-    max_body_bytes: int = Field(default=8 << 20, ge=1024)
-    max_queue: int = Field(default=1_000_000, ge=1)
-    log_format: Literal["text", "json"] = "text"
+    rate_limits: Literal["on", "off"] = Field(
+        default="on", description="Limits for each client address; off for load tests."
+    )
+    invoices_per_minute: int = Field(
+        default=300, ge=1, description="Invoices that one client address may ask for in a minute."
+    )
+    jobs_per_minute: int = Field(
+        default=6000, ge=1, description="Jobs that one client address may start in a minute."
+    )
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, description="The largest request body.")
+    max_queue: int = Field(
+        default=1_000_000, ge=1, description="How many jobs may wait before new ones are refused."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people or for programs."
+    )
 
     @property
     def simulated(self) -> bool:
