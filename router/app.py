@@ -72,6 +72,7 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with running_core(settings, clock=clock) as core:
             app.state.core = core
+            app.state.drain = partial(drain, core)
             if settings.simulated:
                 app.state.simulated_http = httpx.AsyncClient(
                     base_url=settings.simulated_url or "", trust_env=False
@@ -118,8 +119,7 @@ async def running_core(settings: Settings, *, clock: Callable = utc_now) -> Asyn
             core.router_id,
         )
         yield core
-        log.info("router stops: no new work, what runs is finished")
-        await _drain(core)
+        await drain(core)
 
 
 async def _database_url(settings: Settings, stack: AsyncExitStack) -> str:
@@ -279,6 +279,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         part.start()
         stack.push_async_callback(part.stop)
     lost = await core.maintenance.take_back_own()
+    await core.maintenance.cancel_abandoned()
     if lost:
         log.warning("%d jobs were running when this router last stopped", lost)
     refresh = asyncio.create_task(_refresh_for_ever(core), name="runtime-settings")
@@ -311,8 +312,11 @@ async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[]
             return None
 
 
-async def _drain(core: Core) -> None:
-    """Take nothing new; let what runs finish for a while; give back the rest."""
+async def drain(core: Core) -> None:
+    """Take nothing new; let what runs finish for a while; give back the rest. Twice is harmless."""
+    if core.draining:
+        return
+    log.info("router stops: no new work, what runs is finished")
     core.draining = True
     core.dispatcher.paused = True
     core.gate.drain_all()

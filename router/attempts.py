@@ -101,6 +101,7 @@ class Attempts:
         running = RunningAttempt(claimed, worker, stream, stop)
         self.running[claimed.job_id] = running
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
+        self._market.touch()
         log.info(
             "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
         )
@@ -306,6 +307,7 @@ class Attempts:
 
     def tell_ended(self, job_id: str, outcome: Outcome) -> None:
         """Give a committed outcome to whoever reads this job here."""
+        self._market.touch()
         log.info(
             "job ended job=%s state=%s reason=%s charged_msat=%d refunded_msat=%d",
             job_id,

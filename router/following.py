@@ -21,7 +21,6 @@ from router.job_stream import JobStream, Piece, pieces_after, place, seq_of
 from router.job_views import Outcome, outcome_of
 from router.jobs import Jobs
 
-
 PLACE_EVERY_S = 2.0
 PLACE_LATER_S = 0.5
 

@@ -61,6 +61,7 @@ class Jobs:
         account_id: str,
         key_id: str | None = None,
         once: tuple[str, str] | None = None,
+        attached_to: str | None = None,
     ) -> Submitted:
         """Pay a quote's jobs from a balance and queue them.
 
@@ -71,7 +72,7 @@ class Jobs:
         submitted: Submitted | None = None
         try:
             submitted = await self._writer.write(
-                "submit", Submission(quote, account_id, key_id, once)
+                "submit", Submission(quote, account_id, key_id, once, attached_to)
             )
         finally:
             if submitted is None or submitted.repeated:
@@ -80,6 +81,7 @@ class Jobs:
         assert submitted is not None
         if not submitted.repeated:
             log.info("jobs queued quote=%s jobs=%s", quote.id, " ".join(j.id for j in quote.jobs))
+            self._market.touch()
             self._attempts.on_work()
         return submitted
 
@@ -89,6 +91,7 @@ class Jobs:
             stream = self.hub.get(job_id)
             if stream is not None and stream.state is State.AWAITING_PAYMENT:
                 stream.restart(State.QUEUED, 0)
+        self._market.touch()
         self._attempts.on_work()
 
     def token(self, job_id: str) -> str:
@@ -174,6 +177,7 @@ class Jobs:
         """
         async with self._database.transaction() as connection:
             row = await self._bump_in(connection, job_id, offer_msat, multiplier)
+        self._market.touch()
         self._attempts.on_work()
         return await self.view(row)
 

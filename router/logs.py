@@ -36,9 +36,7 @@ def hide_secrets(
     return event
 
 
-def set_up(
-    log_format: str, *, file: Path | None = None, screen_level: int = logging.INFO
-) -> None:
+def set_up(log_format: str, *, file: Path | None = None, screen_level: int = logging.INFO) -> None:
     """Send all logs to standard error in one form, from `screen_level` on; to `file` everything.
 
     Call once, before anything is logged.

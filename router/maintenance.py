@@ -148,6 +148,18 @@ class Maintenance:
         """At the start: whatever this router had running before it died is lost."""
         return await self._take_back("router_id = $1", self._router_id)
 
+    async def cancel_abandoned(self) -> int:
+        """At the start: waiting jobs whose clients hung on a connection to this router before."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select id from jobs where state = $1 and attached_to = $2",
+                State.QUEUED.value,
+                self._router_id,
+            )
+        for row in rows:
+            await self._attempts.end(Ending(row["id"], Event.CANCEL, "client_gone"))
+        return len(rows)
+
     async def take_back_lost(self) -> int:
         """Jobs of any router whose lease has run out."""
         return await self._take_back("lease_ends_at < $1", self._clock())
@@ -295,7 +307,8 @@ class Maintenance:
                     [row["id"] for row in rows],
                 )
             await connection.execute(
-                "delete from idempotency where created_at < $1", self._clock() - IDEMPOTENCY_KEPT
+                "delete from idempotency where created_at < $1 and scope not like 'l402:%'",
+                self._clock() - IDEMPOTENCY_KEPT,
             )
 
 

@@ -1,7 +1,6 @@
 """The price of a place: positions, waiting times, the ladder of multipliers.
 
-A snapshot of the queue (jobs by lane and multiplier) is read at most once in SNAPSHOT_S, whatever
-the number of those who ask; the exact position of one waiting job is a query of its own.
+A snapshot of the queue (jobs by lane and multiplier) serves all who ask for a while; the exact position of one waiting job is a query of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,14 @@ from router.models import Models, mean_service_s
 from router.workers import UNKNOWN_SERVICE_S, Worker
 from worker.protocol import ModelKind
 
-SNAPSHOT_S = 0.5
+# A snapshot that was not cheap is used for this many times as long as it took to read: a short queue
+# is shown as it is, a long one costs a few per cent of a connection.
+REUSE_FACTOR = 20
+CHEAP_S = 0.005
+OTHERS_S = 0.2
+FRESH_MOST_S = 2.0
+# How old it may be for a decision that need not be exact, such as "the queue is full".
+ROUGHLY_S = 0.5
 MAX_LADDER = 32
 
 
@@ -61,15 +67,28 @@ class Market:
         self._models = models
         self._steps: list[Step] = []
         self._read_at = -math.inf
+        self._fresh_s = 0.0
+        self._changed = True
         self.last_multiplier_milli: dict[str, int] = {}
 
-    async def refresh(self) -> None:
-        """Read the queue again if the snapshot has become old."""
-        if time.monotonic() - self._read_at < SNAPSHOT_S:
+    def touch(self) -> None:
+        """This router has changed the queue, or who serves it."""
+        self._changed = True
+
+    async def refresh(self, *, max_age_s: float = 0.0) -> None:
+        """Read the queue again if the snapshot is older than the caller and its cost allow."""
+        began = time.monotonic()
+        age_s = began - self._read_at
+        # What other routers do is seen after a while; what this one does, at once.
+        if age_s < max(max_age_s, self._fresh_s if self._changed else OTHERS_S):
             return
+        self._read_at = began  # whoever comes meanwhile makes do with the last one
+        self._changed = False
         async with self._database.connection() as connection:
             self._steps = await job_queue.steps(connection)
         self._read_at = time.monotonic()
+        took_s = self._read_at - began
+        self._fresh_s = min(FRESH_MOST_S, took_s * REUSE_FACTOR) if took_s > CHEAP_S else 0.0
 
     @property
     def queue_length(self) -> int:

@@ -24,7 +24,7 @@ from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
 from router import job_store
 from router.database import Database
-from router.errors import BadRequest, FeeTooHigh, NoSuchQuote, QuoteExpired
+from router.errors import BadRequest, Conflict, FeeTooHigh, NoSuchQuote, QuoteExpired
 from router.job_store import NewJob, NewQuote
 from router.models import Models
 from router.requests import Item, Request
@@ -306,7 +306,7 @@ class Quotes:
         if stored.state != "open" or stored.expires_at <= self._clock():
             raise QuoteExpired("this quote has been used or has expired", quote_id=stored.id)
         if stored.payment_hash is not None or stored.quote is None:
-            raise QuoteExpired("this quote has an invoice already", quote_id=stored.id)
+            raise Conflict("this quote has an invoice already", quote_id=stored.id)
 
     async def _request(
         self, quote: NewQuote, *, until: datetime | None = None

@@ -58,6 +58,10 @@ class RouterServer:
     async def stop(self) -> None:
         """Answer what is under way, then stop the application."""
         if self._task is not None:
+            # Before uvicorn closes sockets, of which the workers' are some.
+            drain = getattr(self.app.state, "drain", None)
+            if drain is not None:
+                await drain()
             self._server.should_exit = True
             await self._task
 

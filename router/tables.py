@@ -67,7 +67,11 @@ class QuoteRow(SQLModel, table=True):
 
 
 class JobRow(SQLModel, table=True):
-    """`spec` and `result` are JSON texts, null once wiped. `rates` are those of the quote."""
+    """`spec` and `result` are JSON texts, null once wiped. `rates` are those of the quote.
+
+    `attached_to`: the router that holds the connection of a client who takes the job along when it
+    goes; when that router dies, so does the connection.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -105,6 +109,7 @@ class JobRow(SQLModel, table=True):
     commission_ppm: int | None = Field(default=None, sa_column=Column(Integer))
     worker_id: str | None = Field(default=None, sa_column=Column(Text))
     router_id: str | None = Field(default=None, sa_column=Column(Text))
+    attached_to: str | None = Field(default=None, sa_column=Column(Text))
     lease_ends_at: datetime | None = Field(default=None, sa_column=_time())
     wait_ends_at: datetime | None = Field(default=None, sa_column=_time())
     created_at: datetime = Field(sa_column=_now())

@@ -192,6 +192,7 @@ def upgrade() -> None:
         sa.Column("commission_ppm", sa.Integer(), nullable=True),
         sa.Column("worker_id", sa.Text(), nullable=True),
         sa.Column("router_id", sa.Text(), nullable=True),
+        sa.Column("attached_to", sa.Text(), nullable=True),
         sa.Column("lease_ends_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("wait_ends_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column(

@@ -1,8 +1,7 @@
-"""`GET /info`: prices, models, the queue. Public, cheap, and cached for half a second."""
+"""`GET /info`: prices, models, the queue. Public and cheap: what it reads is kept in memory."""
 
 from __future__ import annotations
 
-import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,7 +15,6 @@ from router.job_views import time_text
 from router.prompt_tokens import BYTES_PER_TOKEN
 
 router = APIRouter(tags=["prices"])
-FRESH_S = 0.5
 
 
 def software_version() -> str:
@@ -30,11 +28,7 @@ def software_version() -> str:
 async def info(request: Request) -> Response:
     """What this router charges, what it serves, and what a place in its queue costs now."""
     core = core_of(request)
-    kept = getattr(request.app.state, "info", None)
-    if kept is None or time.monotonic() - kept[0] > FRESH_S:
-        kept = (time.monotonic(), await _info(core))
-        request.app.state.info = kept
-    return answer({**kept[1], "server_time": time_text(core.clock())})
+    return answer({**await _info(core), "server_time": time_text(core.clock())})
 
 
 async def _info(core: Core) -> dict[str, Any]:

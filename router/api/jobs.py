@@ -56,7 +56,7 @@ async def make_quote(request: Request) -> Response:
     core = core_of(request)
     try:
         core.limiter.job(request)
-        purchase.refuse_when_closed(core)
+        await purchase.refuse_when_closed(core)
         body = await read_object(request)
         wanted = purchase.parse(core, request, _kind(body), body)
         await core.market.refresh()
@@ -74,7 +74,7 @@ async def make_invoice(request: Request, quote_id: str) -> Response:
     core = core_of(request)
     try:
         core.limiter.invoice(request)
-        purchase.refuse_when_closed(core)
+        await purchase.refuse_when_closed(core)
         issued = await core.quotes.issue_for(quote_id)
         offer = payment.offer(core, issued)
         return answer({"quote_id": quote_id, **offer.as_json(core)}, status=201)
@@ -163,7 +163,7 @@ async def _start_quote(core: Core, request: Request, quote_id: Any) -> Response:
     payer = await _payer(core, request, "quotes")
     stored = await core.quotes.get(quote_id)
     if not (stored.state == "paid" and stored.account_id == payer.account_id):
-        purchase.refuse_when_closed(core)
+        await purchase.refuse_when_closed(core)
         if payer.limited_key_id is not None:
             raise Forbidden("a key with a spending limit cannot start a stored quote")
         await core.quotes.start_from_balance(quote_id, payer.account_id, None)

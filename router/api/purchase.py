@@ -21,6 +21,7 @@ from router.core import Core
 from router.errors import Draining, NotEnoughBalance, Paused, QueueFull
 from router.job_store import NewQuote
 from router.job_views import time_text
+from router.market import ROUGHLY_S
 from router.requests import Terms
 from worker.protocol import Kind
 
@@ -88,7 +89,7 @@ async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchas
         before = await _bought_before(core, payer, wanted)
         if before is not None:
             return before
-    refuse_when_closed(core)
+    await refuse_when_closed(core)
     if payer is None:
         raise await _challenge(core, request, wanted)
     return await _from_balance(core, request, wanted, payer)
@@ -98,12 +99,13 @@ def _brings_key(request: Request) -> bool:
     return any("sk-" in value for value in request.headers.getlist("authorization"))
 
 
-def refuse_when_closed(core: Core) -> None:
+async def refuse_when_closed(core: Core) -> None:
     """Raises Paused, Draining, QueueFull: no new work is taken."""
     if core.draining:
         raise Draining("this router is shutting down; try again in a moment")
     if core.runtime.paused is not None:
         raise Paused(core.runtime.paused or "the operator has paused new work")
+    await core.market.refresh(max_age_s=ROUGHLY_S)
     if core.market.queue_length >= core.settings.max_queue:
         raise QueueFull("the queue is full; try again later")
 
@@ -121,6 +123,7 @@ async def _from_balance(
     core: Core, request: Request, wanted: requests.Request, payer: Payer
 ) -> Purchase:
     once = _once(request, wanted, payer)
+    gone = _leaves_with_client(request, payer)
     budget = None
     if wanted.max_tokens is None and wanted.kind is not Kind.EMBEDDING:
         budget = await _budget_msat(core, payer)
@@ -128,16 +131,28 @@ async def _from_balance(
     quote = await core.quotes.price(wanted, budget_msat=budget)
     try:
         submitted = await core.jobs.submit(
-            quote, account_id=payer.account_id, key_id=payer.limited_key_id, once=once
+            quote,
+            account_id=payer.account_id,
+            key_id=payer.limited_key_id,
+            once=once,
+            attached_to=core.router_id if gone else None,
         )
     except NotEnoughBalance as error:
         if payer.key is None:
             raise await _challenge(core, request, wanted, account_id=payer.account_id) from None
         raise _with_affordable(error, quote) from None
-    gone = payer.key is not None and "idempotency-key" not in request.headers
     if submitted.repeated:
         return await _purchase(core, submitted.quote_id, payer, cancel_when_gone=gone)
     return Purchase(quote.id, tuple(job.id for job in quote.jobs), payer, gone)
+
+
+def _leaves_with_client(request: Request, payer: Payer) -> bool:
+    """Whether a client that goes takes its jobs along (§3.5): not where it can come back for them."""
+    return (
+        payer.key is not None
+        and "idempotency-key" not in request.headers
+        and request.url.path.startswith("/v1/")
+    )
 
 
 def _once(request: Request, wanted: requests.Request, payer: Payer) -> tuple[str, str] | None:
@@ -168,6 +183,7 @@ async def _challenge(
     core: Core, request: Request, wanted: requests.Request, *, account_id: str | None = None
 ) -> PaymentRequired:
     core.limiter.invoice(request)
+    await core.market.refresh()
     quote = await core.quotes.price(wanted)
     issued = await core.quotes.issue(quote, account_id=account_id)
     return PaymentRequired(quote, payment.offer(core, issued))

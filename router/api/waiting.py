@@ -56,8 +56,11 @@ async def outcomes(core: Core, request: Request, purchase: Purchase) -> list[Out
 
 
 def abandon(core: Core, purchase: Purchase) -> None:
-    """The client has gone before the end: cancel what it alone was waiting for."""
-    if purchase.cancel_when_gone:
+    """The client has gone before the end: cancel what it alone was waiting for.
+
+    Not when it is the router that goes: then the jobs run on, or wait for its next start.
+    """
+    if purchase.cancel_when_gone and not core.draining:
         for job_id in purchase.job_ids:
             in_background(core.jobs.cancel(job_id, reason="client_gone"))
 

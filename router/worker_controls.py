@@ -1,0 +1,42 @@
+"""What an operator or a worker's owner tells a worker to do: take no more jobs, come back, go away.
+
+The database has the last word, so that a worker that reconnects is what it was. A worker that drains
+is sent no frame: it is simply given nothing, and can be taken back at any moment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from router.core import Core
+
+
+async def set_draining(connection: Any, worker_id: str, draining: bool) -> bool | None:
+    """Write down whether a worker takes jobs; what it was before, None for an unknown worker."""
+    before = await connection.fetchval(
+        "select draining from workers where id = $1 for update", worker_id
+    )
+    if before is not None and before != draining:
+        await connection.execute(
+            "update workers set draining = $2 where id = $1", worker_id, draining
+        )
+    return before
+
+
+def apply_draining(core: Core, worker_id: str, draining: bool) -> None:
+    """Let the connected worker follow, after the commit."""
+    worker = core.fleet.get(worker_id)
+    if worker is not None and not core.draining:
+        worker.draining = draining
+        core.gate.on_idle()
+
+
+def cut_off(core: Core, worker_id: str, reason: str) -> bool:
+    """End the connection of a worker; what it held is given back. False when it is not here."""
+    session = core.gate.sessions.get(worker_id)
+    if session is None:
+        return False
+    # It stays in the fleet until its socket has closed, and must not be given a job meanwhile.
+    session.worker.draining = True
+    session.cut(reason)
+    return True
