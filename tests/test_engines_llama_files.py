@@ -114,5 +114,5 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
         if name.startswith("worker.engines.llama"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(EngineStartError, match=r"worker\.llama_install"):
+    with pytest.raises(EngineStartError, match="satherd install-engine"):
         open_engine(WorkerSettings(_env_file=None))  # pyright: ignore[reportCallIssue]

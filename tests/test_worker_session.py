@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.worker_stand_ins import PATIENCE_S, Line, RouterStandIn, router_stand_in, text_of
+from tests.worker_stand_ins import (
+    PATIENCE_S,
+    Line,
+    RouterStandIn,
+    http_server,
+    router_stand_in,
+    text_of,
+)
+from worker.connection import ConnectionLost, connect
 from worker.engines.echo import EchoEngine
 from worker.errors import EngineDied, RegistrationRefused
 from worker.main import backoff_s, run_worker
@@ -302,6 +310,13 @@ async def test_a_router_that_is_not_there_yet_is_waited_for(tmp_path: Path):
     assert not running.done()
     shutdown.ask()
     await asyncio.wait_for(running, PATIENCE_S)
+
+
+@pytest.mark.parametrize("path", ["", "/worker"])
+async def test_what_answers_but_is_no_router_is_a_line_that_did_not_come_about(path: str):
+    async with http_server() as url:
+        with pytest.raises(ConnectionLost):
+            await connect(url.replace("http", "ws") + path)
 
 
 def test_pauses_double_up_to_the_longest_and_are_never_the_same_for_all():

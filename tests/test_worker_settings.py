@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from pydantic import ValidationError
 
 from worker.errors import EngineStartError
 from worker.settings import EngineName, WorkerSettings, socket_url, worker_key
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch):
+    for name in list(os.environ):
+        if name.startswith("SATHERD_"):
+            monkeypatch.delenv(name)
 
 
 def settings(**fields: Any) -> WorkerSettings:

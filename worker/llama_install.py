@@ -1,4 +1,6 @@
-"""Builds llama-cpp-python for this machine: `python -m worker.llama_install [--cuda] [--force]`.
+"""Builds llama-cpp-python for this machine: `satherd install-engine [--cuda] [--force]`.
+
+The same without the rest of Satherd: `python -m worker.llama_install`.
 
 There is no ready-made wheel of it on PyPI, so it is compiled here, once. Left alone that is 193
 steps; two parts of it are for programs that we do not use (images, and the helpers of llama.cpp's
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m worker.llama_install",
+        prog="satherd install-engine",
         description=f"{summary}\n\n{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -112,7 +112,7 @@ def open_engine(settings: WorkerSettings) -> Engine:
         if error.name != "llama_cpp":
             raise
         raise EngineStartError(
-            "llama-cpp-python is not installed; `python -m worker.llama_install` builds it in two "
-            "to seven minutes (a C++ compiler is needed), or set SATHERD_ENGINE=openai to use a "
-            "server that already runs"
+            "llama-cpp-python is not installed; `satherd install-engine` builds it in two to seven "
+            "minutes (a C++ compiler is needed), or set SATHERD_ENGINE=openai to use a server that "
+            "already runs"
         ) from error
