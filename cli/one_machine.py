@@ -36,13 +36,23 @@ Say = Callable[[str], None]
 class UpSettings(Settings):
     """The router's settings, and those of the one worker beside it."""
 
-    payout_threshold_msat: int = Field(default=1000, ge=1000)
-    payout_interval_s: int = Field(default=60, ge=1)
+    payout_threshold_msat: int = Field(
+        default=1000,
+        ge=1000,
+        description=Settings.model_fields["payout_threshold_msat"].description,
+    )
+    payout_interval_s: int = Field(
+        default=60, ge=1, description=Settings.model_fields["payout_interval_s"].description
+    )
 
-    worker: bool = Field(default=True, description="start a worker on this machine")
-    engine: str = Field(default="llama_cpp", description="the worker's engine")
-    model: str | None = Field(default=None, description="a GGUF file; default: the demo model")
-    slots: int | None = Field(default=None, ge=1, description="jobs at once on the worker")
+    worker: bool = Field(default=True, description="Start a worker on this machine.")
+    engine: str = Field(
+        default="llama_cpp", description="The worker's engine, as in `satherd worker --engine`."
+    )
+    model: str | None = Field(
+        default=None, description="A GGUF file; default: the small demo model."
+    )
+    slots: int | None = Field(default=None, ge=1, description="Jobs at once on the worker.")
 
 
 @dataclass(slots=True)

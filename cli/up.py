@@ -77,4 +77,4 @@ def introduce(machine: Machine, settings: UpSettings) -> None:
         "  operate      satherd admin --help",
         f"  state, logs  {settings.data_dir}",
     ]
-    stderr.print("\n".join(lines))
+    stderr.print("\n".join(lines), soft_wrap=True)

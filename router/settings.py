@@ -68,7 +68,7 @@ class Settings(BaseSettings):
 
     lightning: str = Field(
         default="simulated",
-        description="The Lightning node: simulated, lnd, cln, phoenixd, lnbits, nwc, electrum.",
+        description="The kind of Lightning node; with `simulated` no money is real.",
     )
     simulated_url: str | None = Field(
         default=None, description="The simulated network to use, where `satherd up` starts none."
@@ -81,12 +81,12 @@ class Settings(BaseSettings):
     payout_threshold_msat: int = Field(
         default=1_000_000,
         ge=1000,
-        description="A worker is paid as soon as this much is due, in msat.",
+        description="A worker is paid as soon as it is owed this much, in msat.",
     )
     payout_interval_s: int = Field(
         default=86_400,
         ge=1,
-        description="How often what is over the threshold is paid, in seconds.",
+        description="A worker that is owed less, yet worth sending, is paid after this long.",
     )
     commission_ppm: int = Field(
         default=50_000,

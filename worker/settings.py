@@ -1,28 +1,4 @@
-"""Everything a worker can be told, from `SATHERD_...` in the environment or a `.env` file.
-
-setting                    meaning
-SATHERD_ROUTER_URL         the router: http(s)://host or ws(s)://host; `/worker` is added
-SATHERD_LN_URL             Lightning address that is paid; without it the worker serves unpaid
-SATHERD_ENGINE             llama_cpp, openai, koboldcpp, echo
-SATHERD_MODEL              llama_cpp: a GGUF file; others: the server's names, comma separated
-SATHERD_MODEL_NAME         the name that clients see
-SATHERD_SLOTS              jobs at once
-SATHERD_CONTEXT            tokens of context for each job
-SATHERD_MAX_TOKENS         the longest answer in tokens; default: the context
-SATHERD_THREADS            CPU threads; default: physical cores less one, at least one
-SATHERD_GPU_LAYERS         layers on the GPU, -1 for all; without a GPU build it does nothing
-SATHERD_ENGINE_URL         where the openai or koboldcpp server listens
-SATHERD_ENGINE_API_KEY     its key, if it wants one
-SATHERD_ENGINE_TIMEOUT_S   the longest silence of that server
-SATHERD_CHAT_TEMPLATE      koboldcpp only: chatml, alpaca or plain
-SATHERD_WORKER_KEY         the secret that earnings belong to; default: a file in the data dir
-SATHERD_DATA_DIR           where that file lies
-SATHERD_WORKER_NAME        a name for people
-SATHERD_MIN_FEES           JSON, model to least rates: {"m": {"output_msat_per_mtok": 5}}
-SATHERD_GRACE_S            how long SIGTERM waits for running jobs
-SATHERD_RECONNECT_MAX_S    the longest pause between two tries to connect
-SATHERD_ECHO_*             see `worker.engines.echo`
-"""
+"""Everything a worker can be told: `SATHERD_...` in the environment or `.env`, or flags."""
 
 from __future__ import annotations
 
@@ -67,38 +43,86 @@ class EchoFault(StrEnum):
 
 
 class WorkerSettings(BaseSettings):
-    """See the table at the top of this file. `None` means the engine's own default."""
+    """Settings of a worker. Without a default, the engine's own counts."""
 
     model_config = SettingsConfigDict(
         env_prefix="SATHERD_", env_file=".env", extra="ignore", env_ignore_empty=True
     )
 
-    router_url: str = "http://127.0.0.1:8000"
-    ln_url: str | None = None
-    engine: EngineName = EngineName.LLAMA_CPP
-    model: str | None = None
-    model_name: str | None = None
-    slots: int | None = Field(default=None, ge=1, le=1024)
-    context: int | None = Field(default=None, ge=16, le=100_000_000)
-    max_tokens: int | None = Field(default=None, ge=1, le=100_000_000)
-    threads: int = Field(default_factory=lambda: max(1, physical_cores() - 1), ge=1, le=1024)
-    gpu_layers: int = -1
+    router_url: str = Field(
+        default="http://127.0.0.1:8000",
+        description="The router: http(s)://host or ws(s)://host; `/worker` is added.",
+    )
+    ln_url: str | None = Field(
+        default=None,
+        description="The Lightning address that is paid; without it the worker serves unpaid.",
+    )
+    engine: EngineName = Field(
+        default=EngineName.LLAMA_CPP,
+        description="What runs the model: llama.cpp here, a server elsewhere; echo is for tests.",
+    )
+    model: str | None = Field(
+        default=None,
+        description="llama_cpp: a GGUF file; else the server's names, comma separated.",
+    )
+    model_name: str | None = Field(default=None, description="The name that clients see.")
+    slots: int | None = Field(default=None, ge=1, le=1024, description="Jobs at once.")
+    context: int | None = Field(
+        default=None, ge=16, le=100_000_000, description="Tokens of context for each job."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000_000,
+        description="The longest answer in tokens; default: the context.",
+    )
+    threads: int = Field(
+        default_factory=lambda: max(1, physical_cores() - 1),
+        ge=1,
+        le=1024,
+        description="CPU threads; default: physical cores less one, at least one.",
+    )
+    gpu_layers: int = Field(
+        default=-1,
+        description="Layers on the GPU, -1 for all; without a GPU build it does nothing.",
+    )
 
-    engine_url: str | None = None
-    engine_api_key: SecretStr | None = None
-    engine_timeout_s: float = Field(default=300, gt=0)
-    chat_template: ChatTemplate = ChatTemplate.ALPACA
+    engine_url: str | None = Field(
+        default=None, description="Where the openai or koboldcpp server listens."
+    )
+    engine_api_key: SecretStr | None = Field(default=None, description="Its key, if it wants one.")
+    engine_timeout_s: float = Field(
+        default=300, gt=0, description="The longest silence of that server."
+    )
+    chat_template: ChatTemplate = Field(
+        default=ChatTemplate.ALPACA, description="koboldcpp only: how messages become one prompt."
+    )
 
-    worker_key: SecretStr | None = None
-    data_dir: Path = Field(default_factory=lambda: Path.home() / ".satherd")
-    worker_name: str | None = Field(default=None, max_length=100)
-    min_fees: dict[str, dict[str, int]] | None = None
-    grace_s: float = Field(default=30, ge=0)
-    reconnect_max_s: float = Field(default=30, gt=0)
+    worker_key: SecretStr | None = Field(
+        default=None,
+        description="The secret that earnings belong to; default: a file in the data directory.",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: Path.home() / ".satherd", description="Where that file lies."
+    )
+    worker_name: str | None = Field(default=None, max_length=100, description="A name for people.")
+    min_fees: dict[str, dict[str, int]] | None = Field(
+        default=None, description='Model to least rates: {"m": {"output_msat_per_mtok": 5}}.'
+    )
+    grace_s: float = Field(default=30, ge=0, description="How long SIGTERM waits for running jobs.")
+    reconnect_max_s: float = Field(
+        default=30, gt=0, description="The longest pause between two tries to connect."
+    )
 
-    echo_token_s: float = Field(default=0, ge=0)
-    echo_fault: EchoFault = EchoFault.NONE
-    echo_fault_every: int = Field(default=1, ge=1)
+    echo_token_s: float = Field(
+        default=0, ge=0, description="The echo engine: seconds for each token."
+    )
+    echo_fault: EchoFault = Field(
+        default=EchoFault.NONE, description="The echo engine: what it does wrong on purpose."
+    )
+    echo_fault_every: int = Field(
+        default=1, ge=1, description="The echo engine: every how many jobs."
+    )
 
     @field_validator("worker_key")
     @classmethod
