@@ -49,7 +49,7 @@ def hash_secret(secret: str) -> bytes:
 
 
 def normal_key(presented: str) -> str | None:
-    """The key in its one spelling, from what a client sent with or without `sk-`; None if it is none."""
+    """The key in its one spelling, from what was sent with or without `sk-`; None if it is none."""
     match = _KEY.match(presented.strip())
     return f"sk-{match[1]}" if match else None
 

@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
-import bech32
+from lnurl.exceptions import InvalidLnurl
+from lnurl.helpers import url_decode
 
 from billing.errors import BadLightningAddress
 from billing.outside_url import (
@@ -113,14 +114,10 @@ def _decode_lnurl(text: str) -> str:
     """The URL in a bech32 `lnurl1...` string (LUD-01); the usual limit of 90 is lifted."""
     if len(text) > _MAX_LNURL_LENGTH:
         raise BadLightningAddress("bad_lnurl", "the LNURL is too long")
-    prefix, groups = bech32.bech32_decode(text)
-    data = None if groups is None else bech32.convertbits(groups, 5, 8, False)
-    if prefix != "lnurl" or data is None:
-        raise BadLightningAddress("bad_lnurl", "the LNURL has a typing error")
     try:
-        return bytes(data).decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadLightningAddress("bad_lnurl", "the LNURL holds no URL") from None
+        return url_decode(text)
+    except (InvalidLnurl, AssertionError, TypeError, ValueError):
+        raise BadLightningAddress("bad_lnurl", "the LNURL has a typing error") from None
 
 
 def _read_url(text: str, rules: OutsideRules) -> OutsideUrl:

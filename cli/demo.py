@@ -27,7 +27,7 @@ screen = Console(highlight=False, soft_wrap=True)
 
 PROMPT = "Tell me a story about a brave rabbit."
 MULTIPLIER = "1.5"
-OTHERS = 3
+OTHERS = 6
 PAYOUT_S = 60.0
 
 
@@ -68,14 +68,16 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _demo(settings: DemoSettings) -> None:
     stop = asyncio.ensure_future(stop_signal().wait())
-    async with one_machine(settings, say_step) as machine:
-        async with httpx.AsyncClient(base_url=machine.url, timeout=60, trust_env=False) as http:
-            told = asyncio.ensure_future(Story(machine, http, settings).tell())
-            await asyncio.wait({told, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not told.done():
-                told.cancel()
-                raise StoryFailed("interrupted")
-            told.result()
+    async with (
+        one_machine(settings, say_step) as machine,
+        httpx.AsyncClient(base_url=machine.url, timeout=60, trust_env=False) as http,
+    ):
+        told = asyncio.ensure_future(Story(machine, http, settings).tell())
+        await asyncio.wait({told, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not told.done():
+            told.cancel()
+            raise StoryFailed("interrupted")
+        told.result()
     stop.cancel()
 
 
@@ -98,11 +100,12 @@ class Story:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        quote = await self._quote(body)
         before_msat = await self._worker_wallet_msat()
-        others = await self._keep_the_worker_busy(model)
+        others = await self._others(model)
+        quote = await self._quote(body)
         challenge = await self._challenge(body)
         credential = await self._pay(challenge)
+        await self._look_at_the_queue(challenge, credential)
         usage = await self._answer(body, credential, challenge)
         self._check_charge(usage, quote)
         await self._finish_others(others)
@@ -142,15 +145,21 @@ class Story:
             f" {quote['offer_msat']} msat for {quote['prompt_tokens']} prompt tokens and at most"
             f" {quote['max_tokens']} tokens of answer"
         )
+        place = quote["queue"]
+        screen.print(
+            f"   at that price place {place['position']} in the queue;"
+            f" to be next takes {place['multiplier_to_be_next']}x"
+        )
         return quote
 
-    async def _keep_the_worker_busy(self, model: str) -> list[asyncio.Task]:
-        """Other clients with prepaid keys, who pay the base fee and wait."""
+    async def _others(self, model: str) -> list[asyncio.Task]:
+        """Other clients with a prepaid key, who pay the base fee and wait."""
+        self._heading(f"{OTHERS} other clients have come first, at the base fee")
         key = {"Authorization": f"Bearer {await self._prepaid_key()}"}
         body = {
             "model": model,
             "messages": [{"role": "user", "content": "Tell me a long story about a dragon."}],
-            "max_tokens": 400,
+            "max_tokens": 500,
         }
         tasks = [
             asyncio.create_task(
@@ -158,7 +167,11 @@ class Story:
             )
             for n in range(OTHERS)
         ]
-        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while (waiting := (await self._get("/info"))["queue_length"]) < OTHERS - 2:
+                _must(not all(task.done() for task in tasks), "the other clients were not served")
+                await asyncio.sleep(0.01)
+        screen.print(f"   the worker answers one of them, {waiting} wait")
         return tasks
 
     async def _prepaid_key(self) -> str:
@@ -199,10 +212,21 @@ class Story:
             "X-Fee-Multiplier": MULTIPLIER,
         }
 
+    async def _look_at_the_queue(self, due: dict[str, Any], credential: dict[str, str]) -> None:
+        self._heading("It looks where its prompt stands")
+        seen = await self._get(f"/quotes/{due['quote']['quote_id']}", headers=credential)
+        _must(seen["state"] == "paid" and len(seen["jobs"]) == 1, f"the quote is not paid: {seen}")
+        job = await self._get(seen["jobs"][0]["status_url"], headers=credential)
+        waiting = (await self._get("/info"))["queue_length"]
+        place = f", place {job['position']} of {waiting}" if "position" in job else ""
+        screen.print(f"   {job['state']} at {job['multiplier']}x{place}")
+
     async def _answer(
         self, body: dict[str, Any], credential: dict[str, str], due: dict[str, Any]
     ) -> dict[str, Any]:
-        self._heading("It repeats the prompt with the proof of payment, waits its turn, and reads")
+        self._heading(
+            "It repeats the prompt with the proof of payment and reads when its turn comes"
+        )
         usage: dict[str, Any] = {}
         text = ""
         done = False

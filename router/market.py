@@ -1,6 +1,7 @@
 """The price of a place: positions, waiting times, the ladder of multipliers.
 
-A snapshot of the queue (jobs by lane and multiplier) serves all who ask for a while; the exact position of one waiting job is a query of its own.
+A snapshot of the queue (jobs by lane and multiplier) serves all who ask for a while; the exact
+position of one waiting job is a query of its own.
 """
 
 from __future__ import annotations

@@ -31,7 +31,10 @@ _PAUSED = "paused"
 
 
 class RuntimeSettings:
-    """Writes changed values into the settings that the whole process reads. `paused` is the operator's message while no new quotes are made."""
+    """Writes changed values into the settings that the whole process reads.
+
+    `paused` is the operator's message while no new quotes are made.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -21,7 +21,7 @@ tokens = st.integers(0, 10**7)
 
 
 def rates_of(vector: dict) -> Rates:
-    given_rates = vector["rates"] if "rates" in vector else vector
+    given_rates = vector.get("rates", vector)
     names = ("prompt_fee_msat", "input_msat_per_mtok", "output_msat_per_mtok", "image_fee_msat")
     return Rates(**{name: given_rates[name] for name in names})
 
@@ -40,7 +40,9 @@ def test_base_fees_are_rounded_up_once(vector: dict):
 @pytest.mark.parametrize("vector", VECTORS["offers"])
 def test_offers_are_rounded_up_to_the_msat(vector: dict):
     multiplier = Decimal(vector["multiplier_milli"]) / 1000
-    assert fees.offer_for_multiplier_msat(vector["base_fee_msat"], multiplier) == vector["offer_msat"]
+    assert (
+        fees.offer_for_multiplier_msat(vector["base_fee_msat"], multiplier) == vector["offer_msat"]
+    )
 
 
 @pytest.mark.parametrize("vector", VECTORS["multipliers"])
@@ -106,12 +108,16 @@ def test_an_escrow_divides_without_remainder(escrow, data, ppm, payable):
         assert parts.worker_msat == 0
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1.25", "1.25"), (1.1, "1.1"), (2, "2"), ("007", "7")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1.25", "1.25"), (1.1, "1.1"), (2, "2"), ("007", "7")]
+)
 def test_decimals_are_read_exactly(value, expected):
     assert parse_decimal(value) == Decimal(expected)
 
 
-@pytest.mark.parametrize("value", ["NaN", "inf", "-1", "1e3", float("nan"), float("inf"), True, None, "", "1.", "+1"])
+@pytest.mark.parametrize(
+    "value", ["NaN", "inf", "-1", "1e3", float("nan"), float("inf"), True, None, "", "1.", "+1"]
+)
 def test_what_is_no_plain_decimal_is_refused(value):
     with pytest.raises(ValueError):
         parse_decimal(value)

@@ -137,7 +137,7 @@ def test_every_single_typing_error_in_an_lnurl_is_noticed():
         ("lnurl1" + "q" * 3000, "bad_lnurl"),
         (encode(b"https://example.com/" + b"x" * 1300), "bad_lnurl"),  # over 2000 characters
         (encode(b"\xff\xfe"), "bad_lnurl"),
-        (encode(b""), "not_understood"),
+        (encode(b""), "bad_lnurl"),
         (encode(b"worker@example.com"), "not_understood"),
         (encode(encode(URL.encode()).encode()), "not_understood"),  # one inside another
         (encode(b"http://example.com/x"), "bad_url"),
