@@ -43,7 +43,7 @@ def lane(edges: Edges, *, kind: ModelKind, model: str, prompt_tokens: int, max_t
     """Where a job waits that reads `prompt_tokens` and may produce `max_tokens`."""
     context = edges.context[bisect_left(edges.context, prompt_tokens + max_tokens)]
     answer = edges.answer[bisect_left(edges.answer, max_tokens)]
-    return _name(kind, model, context, answer)
+    return _name(kind, model, context, min(answer, context))
 
 
 def drained_by(edges: Edges, models: Iterable[ServedModel]) -> list[str]:
@@ -52,9 +52,15 @@ def drained_by(edges: Edges, models: Iterable[ServedModel]) -> list[str]:
         _name(served.kind, served.id, context, answer)
         for served in models
         for context in edges.context[: bisect_right(edges.context, served.context_length)]
-        for answer in edges.answer[: bisect_right(edges.answer, answer_limit(served))]
-        if answer <= context
+        for answer in _answers_within(edges, context, answer_limit(served))
     ]
+
+
+def _answers_within(edges: Edges, context: int, limit: int) -> list[int]:
+    # An answer is never longer than the context that holds it, so that the answer classes over a
+    # context are one: the class of the context itself, which is no answer edge of its own.
+    answers = edges.answer[: bisect_right(edges.answer, limit)]
+    return sorted({min(answer, context) for answer in answers})
 
 
 def _name(kind: ModelKind, model: str, context: int, answer: int) -> str:
