@@ -56,6 +56,8 @@ and (multiplier_milli > $2 or (multiplier_milli = $2 and seq < $3))"""
 
 async def add(connection: Any, rows: Sequence[tuple[str, str, int, int]]) -> None:
     """Put jobs in lanes: (job id, lane, multiplier in thousandths, seq)."""
+    if not rows:
+        return
     await connection.execute(_ADD, *(list(column) for column in zip(*rows, strict=True)))
 
 
