@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,62 @@ async def test_a_grammar_and_a_ban_of_the_end_do_not_break_the_engine(engine: Ll
     text, done = await run(engine, job)
     assert json.loads(text) == {}
     assert done.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        "naïve 😀 日本",
+        'quote " and \\ backslash',
+        "line\nbreak\ttab",
+        "\x00",
+        {"a\\n": ["é"]},
+        7,
+        None,
+    ],
+    ids=str,
+)
+async def test_a_constant_comes_out_as_it_was_asked_for(engine: LlamaCppEngine, constant: Any):
+    form = {"type": "json_object", "schema": {"const": constant}}
+    text, _ = await run(engine, chat("Hello!", response_format=form))
+    assert json.loads(text) == constant
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags"),
+    [
+        (r"^\d{3}$", r"[0-9]{3}"),
+        (r"^[\w\-]{1,4}\.$", r"[\w-]{1,4}[.]"),
+        (r"^(yes|no)$", "(yes|no)"),
+    ],
+)
+async def test_a_pattern_is_kept_to(engine: LlamaCppEngine, pattern: str, flags: str):
+    form = {"type": "json_object", "schema": {"type": "string", "pattern": pattern}}
+    text, _ = await run(engine, chat("Hello!", response_format=form))
+    assert re.fullmatch(flags, json.loads(text), re.ASCII)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/properties/a", "properties": {"a": {"$ref": "#/properties/a"}}},
+        {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]},
+        {"enum": []},
+        {"type": "string", "pattern": r"^\bsecret word$"},
+        {"type": "string", "pattern": "^a**$"},
+        {"anyOf": []},
+    ],
+    ids=str,
+)
+async def test_a_schema_that_makes_no_sense_harms_nobody_and_is_not_printed(
+    engine: LlamaCppEngine, schema: dict[str, Any], capfd: pytest.CaptureFixture[str]
+):
+    form = {"type": "json_object", "schema": schema}
+    with contextlib.suppress(JobError):
+        await run(engine, chat("Hello!", response_format=form, max_tokens=20))
+    text, _ = await run(engine, chat("What is the capital of France?"))
+    assert "Paris" in text
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import llama_cpp as lib
 
 from worker.engines import Sink
 from worker.engines.llama_model import LlamaModel
-from worker.engines.llama_sampling import SamplerPlan, make_sampler
+from worker.engines.llama_sampling import Sampler, SamplerPlan
 from worker.engines.text_stream import TextStream
 from worker.errors import EngineStartError
 from worker.protocol import FinishReason
@@ -41,7 +41,7 @@ class Answer:
     pending: list[int]
     left: int
     text: TextStream
-    sampler: lib.llama_sampler_p
+    sampler: Sampler
     sink: Sink
     made: int = 0
     unsent: int = 0
@@ -130,7 +130,7 @@ class Decoder:
         """Start an answer; there must be room, and the prompt must fit. Raises JobError."""
         assert 0 < len(prompt) < self._context
         left = min(max_tokens, self._context - len(prompt))
-        sampler = make_sampler(self._model, plan, max_tokens=left)
+        sampler = Sampler(self._model, plan, max_tokens=left)
         slot, known = self._slot_for(prompt)
         answer = Answer(
             slot=slot.index,
@@ -162,7 +162,7 @@ class Decoder:
             self.drop_all()
             raise DecodeError(f"llama_decode returned {status}")
         for answer, index in sampled_at:
-            token = lib.llama_sampler_sample(answer.sampler, self._handle, index)
+            token = answer.sampler.draw(self._handle, index)
             output = self._take_token(answer, token)
             if output is not None:
                 outputs.append(output)
@@ -204,8 +204,8 @@ class Decoder:
         self._batch.n_tokens = place
         return sampled_at
 
-    def _take_token(self, answer: Answer, token: int) -> Output | None:
-        if self._model.ends_text(token):
+    def _take_token(self, answer: Answer, token: int | None) -> Output | None:
+        if token is None or self._model.ends_text(token):
             return self._end(answer, FinishReason.STOP)
         answer.made += 1
         answer.unsent += 1
@@ -227,7 +227,7 @@ class Decoder:
         return Output(answer, text, answer.unsent, reason)
 
     def _release(self, answer: Answer) -> None:
-        lib.llama_sampler_free(answer.sampler)
+        answer.sampler.close()
         self._slots[answer.slot].answer = None
         self.active.remove(answer)
 

@@ -59,6 +59,9 @@ class LlamaModel:
         if not model:
             reason = next((line for line in _complaints if line), "llama.cpp gives no reason")
             raise EngineStartError(f"{path} cannot be loaded: {reason}")
+        if lib.llama_model_has_encoder(model) and lib.llama_model_has_decoder(model):
+            lib.llama_model_free(model)
+            raise EngineStartError(f"{path} is an encoder-decoder model, which is not supported")
         self._model: lib.llama_model_p | None = model
         # Prompts are made in other threads than the one that closes: freed memory is never read.
         self._open = threading.Lock()

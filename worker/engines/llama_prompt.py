@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
+from worker.engines.llama_grammar import grammar_of
 from worker.engines.llama_model import LONGEST_TOKEN_BYTES, LlamaModel
 from worker.engines.llama_sampling import SamplerPlan, plan_sampling
 from worker.errors import EngineStartError, JobError
@@ -22,23 +20,6 @@ CHATML = (
     "<|im_start|>assistant\n"
 )
 CHATML_END = "<|im_end|>"
-SCHEMA_BYTES = 16_384
-GRAMMAR_BYTES = 262_144
-MOST_REPEATS = 1000
-SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
-REPEAT_KEYS = {"minItems", "maxItems", "minLength", "maxLength"}
-
-# What the schema converter raises for schemas that it does not understand: it checks little.
-CONVERTER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,51 +143,3 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
             parts.append(str(part.get("text", "")))
         content = "".join(parts)
     return {**message, "content": "" if content is None else content}
-
-
-def grammar_of(response_format: dict[str, Any] | None) -> str | None:
-    """GBNF for OpenAI's `response_format`; None for free text. Raises JobError."""
-    kind = (response_format or {}).get("type", "text")
-    if response_format is None or kind == "text":
-        return None
-    schema = response_format.get("schema")
-    if kind == "json_schema":
-        wrapped = response_format.get("json_schema")
-        schema = wrapped.get("schema") if isinstance(wrapped, dict) else schema
-    elif kind != "json_object":
-        raise JobError(FailureCode.BAD_REQUEST, "response_format is of an unknown type")
-    if schema is None:
-        if kind == "json_schema":
-            raise JobError(FailureCode.BAD_REQUEST, "response_format holds no schema")
-        return JSON_GBNF
-    return _schema_grammar(schema)
-
-
-def _schema_grammar(schema: Any) -> str:
-    text = json.dumps(schema)
-    if not isinstance(schema, dict) or len(text) > SCHEMA_BYTES or _repeats_too_often(schema):
-        raise JobError(FailureCode.BAD_REQUEST, "the JSON schema is too large")
-    try:
-        grammar = json_schema_to_gbnf(text)
-    except CONVERTER_ERRORS as error:
-        raise JobError(FailureCode.BAD_REQUEST, "the JSON schema is not understood") from error
-    if len(grammar) > GRAMMAR_BYTES:
-        raise JobError(FailureCode.BAD_REQUEST, "the JSON schema is too large")
-    # The converter writes 😀 as two escapes, and llama.cpp reads those as two characters.
-    return SURROGATES.sub(lambda pair: json.loads(f'"{pair[0]}"'), grammar)
-
-
-def _repeats_too_often(schema: Any) -> bool:
-    """Whether a count in it would blow the grammar up: every repeat is written out there."""
-    if isinstance(schema, list):
-        return any(_repeats_too_often(entry) for entry in schema)
-    if not isinstance(schema, dict):
-        return False
-    for key, value in schema.items():
-        if key in REPEAT_KEYS and isinstance(value, int | float) and value > MOST_REPEATS:
-            return True
-        if key == "pattern" and any(int(n) > MOST_REPEATS for n in re.findall(r"\d+", str(value))):
-            return True
-        if _repeats_too_often(value):
-            return True
-    return False

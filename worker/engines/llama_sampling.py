@@ -1,4 +1,4 @@
-"""How the next token is drawn: one chain of llama.cpp samplers for each sequence.
+"""How the next token is drawn: a chain of llama.cpp samplers for each answer, and a grammar.
 
 What a request leaves open is llama.cpp's own default (common.h): temperature 0.8, top-k 40, top-p
 0.95, min-p 0.05. Values are clamped to where 32-bit floats stay finite: a logit that is not a
@@ -7,10 +7,17 @@ number would end the whole process inside llama.cpp.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import secrets
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp as lib
+import numpy as np
 
 from worker.engines.llama_model import LlamaModel
 from worker.errors import JobError
@@ -25,6 +32,7 @@ REPEAT_WINDOW = 64
 LEAST_REPEAT_PENALTY = 0.1
 STRONGEST_BIAS = 100.0
 MAX_BIASES = 1024
+TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +84,82 @@ def _biases(model: LlamaModel, biases: dict[str, float]) -> tuple[tuple[int, flo
     return tuple(checked)
 
 
-def make_sampler(model: LlamaModel, plan: SamplerPlan, *, max_tokens: int) -> lib.llama_sampler_p:
-    """The chain for one answer; free it with `llama_sampler_free`. Raises JobError."""
+class Sampler:
+    """Draws the tokens of one answer. Belongs to the decoder's thread; `close` it."""
+
+    def __init__(self, model: LlamaModel, plan: SamplerPlan, *, max_tokens: int) -> None:
+        """Raises JobError for a grammar that is none."""
+        self._size = model.vocab_size
+        self._grammar = None
+        if plan.grammar is not None:
+            with silent_stderr():
+                self._grammar = lib.llama_sampler_init_grammar(
+                    model.vocab, plan.grammar.encode("utf-8", "replace"), b"root"
+                )
+            if not self._grammar:
+                raise JobError(FailureCode.BAD_REQUEST, "the grammar cannot be used")
+        self._chain = make_chain(model, plan, max_tokens=max_tokens)
+
+    def close(self) -> None:
+        lib.llama_sampler_free(self._chain)
+        if self._grammar is not None:
+            lib.llama_sampler_free(self._grammar)
+
+    def draw(self, context: lib.llama_context_p, index: int) -> int | None:
+        """The next token, from the logits at `index` of the last batch.
+
+        None: the grammar allows no token at all. llama.cpp would take any, and then end the process
+        because it does not fit; so the grammar is asked first, and apart from the rest.
+        """
+        if self._grammar is None:
+            return lib.llama_sampler_sample(self._chain, context, index)
+        candidates = np.empty(self._size, dtype=TOKEN_DATA)
+        logits = lib.llama_get_logits_ith(context, index)
+        candidates["id"] = np.arange(self._size)
+        candidates["logit"] = np.ctypeslib.as_array(logits, shape=(self._size,))
+        candidates["p"] = 0
+        array = lib.llama_token_data_array(
+            data=candidates.ctypes.data_as(lib.llama_token_data_p),
+            size=self._size,
+            selected=-1,
+            sorted=False,
+        )
+        candidates_ref: Any = ctypes.byref(array)
+        lib.llama_sampler_apply(self._grammar, candidates_ref)
+        best = int(np.argmax(candidates["logit"]))
+        if not np.isfinite(candidates["logit"][best]):
+            return None
+        lib.llama_sampler_apply(self._chain, candidates_ref)
+        drawn = candidates[array.selected]
+        # A draw may fall beyond the last allowed token when probabilities do not add up to 1.
+        token = int(drawn["id"]) if np.isfinite(drawn["logit"]) else best
+        lib.llama_sampler_accept(self._grammar, token)
+        lib.llama_sampler_accept(self._chain, token)
+        return token
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """For what llama.cpp prints there by itself: all of a grammar that it cannot read.
+
+    A grammar is made of what a client sent, which must reach no log. What other threads print in
+    these microseconds is lost with it.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+def make_chain(model: LlamaModel, plan: SamplerPlan, *, max_tokens: int) -> lib.llama_sampler_p:
+    """Everything but the grammar; free it with `llama_sampler_free`."""
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    if plan.grammar is not None:
-        grammar = lib.llama_sampler_init_grammar(model.vocab, plan.grammar.encode(), b"root")
-        if not grammar:
-            lib.llama_sampler_free(chain)
-            raise JobError(FailureCode.BAD_REQUEST, "the grammar cannot be used")
-        lib.llama_sampler_chain_add(chain, grammar)
     if plan.biases:
         array = (lib.llama_logit_bias * len(plan.biases))(*plan.biases)
         bias = lib.llama_sampler_init_logit_bias(model.vocab_size, len(array), array)
