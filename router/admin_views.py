@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Page:
     def as_json(self, name: str) -> dict[str, Any]:
         return {name: self.rows, "cursor": self.cursor}
 
+
+_LAST_ID = (1 << 63) - 1
 
 _WORKERS = """
 select w.*, p.ln_url, p.next_ln_url, p.next_ln_url_at, p.failure_code, p.failing_since,
@@ -94,7 +97,7 @@ async def audit_page(connection: Any, *, cursor: str | None, limit: int) -> Page
     rows = await connection.fetch(
         "select * from audit where (at, id) < ($1, $2) order by at desc, id desc limit $3",
         at,
-        int(last_id) if last_id.isdigit() else (1 << 62),
+        int(last_id) if re.fullmatch("[0-9]{1,18}", last_id) else _LAST_ID,
         limit + 1,
     )
     return _page(rows, limit, [_change(row) for row in rows[:limit]], at="at")
@@ -125,7 +128,7 @@ async def books(core: Core) -> dict[str, Any]:
             "error": error,
         },
         "booked_msat": booked_msat,
-        # More than is booked is the operator's own money in the node; less is money that is missing.
+        # More than is booked is the operator's own money in the node; less is money missing.
         "difference_msat": None if held_msat is None else held_msat - booked_msat,
         "at": time_text(core.clock()),
         "network": core.node.network,

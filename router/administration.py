@@ -193,20 +193,19 @@ async def refund(core: Core, job_id: str, amount_msat: int | None, reason: str |
         charged_msat = job["charged_msat"] or 0
         if State(job["state"]) not in FINAL or charged_msat == 0:
             raise Conflict("nothing has been charged for this job", state=job["state"])
-        if amount_msat is None:
-            amount_msat = charged_msat
-        if not 1 <= amount_msat <= charged_msat:
+        given_msat: int = charged_msat if amount_msat is None else amount_msat
+        if not 1 <= given_msat <= charged_msat:
             raise BadRequest(
                 f"a refund is at most the charge of {charged_msat} msat", param="amount_msat"
             )
         given = Transfer(
-            ledger.GOODWILL, ledger.client(job["account_id"]), amount_msat, "goodwill", job_id
+            ledger.GOODWILL, ledger.client(job["account_id"]), given_msat, "goodwill", job_id
         )
         if not await ledger.post(connection, [given]):
             raise Conflict("this job was refunded before", job=job_id)
-        after = {"goodwill_msat": amount_msat, "reason": reason}
+        after = {"goodwill_msat": given_msat, "reason": reason}
         await note(connection, "job.refund", job_id, {"goodwill_msat": 0, "reason": None}, after)
-    return amount_msat
+    return given_msat
 
 
 # --- payouts ------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, outcome_of
 from router.market import Market
 from router.models import Models
+from router.tally import Tally
 from router.workers import Worker
 from worker.protocol import FinishReason, Kind, Usage
 
@@ -93,6 +94,7 @@ class Attempts:
         self._endings: set[asyncio.Task] = set()
         self.running: dict[str, RunningAttempt] = {}
         self.on_work: Callable[[], None] = lambda: None
+        self.tally = Tally()
 
     def begin(self, claimed: Claimed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
         """A claimed job goes to a worker."""
@@ -293,6 +295,7 @@ class Attempts:
         try:
             ended: Ended | None = await self._certainly("end", ending)
             if ended is not None:
+                self.tally.count(ending, ended)
                 self.tell_ended(ending.job_id, _outcome(ending, ended, running, answer))
                 return
             row = await self._row(ending.job_id)

@@ -74,6 +74,11 @@ class Dispatcher:
         """There may be something to do."""
         self._awake.set()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its loop runs; it goes on through errors, so it does from start to stop."""
+        return self._task is not None and not self._task.done()
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="dispatcher")
 

@@ -16,6 +16,7 @@ from router.settings import Settings
 
 ADMIN_FAILURES_PER_MINUTE = 10
 KEY_FAILURES_PER_MINUTE = 60
+ADDRESS_CHECKS_PER_MINUTE = 30
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -35,6 +36,14 @@ class RateLimits:
     def job(self, request: HTTPConnection) -> None:
         """Raises TooManyRequests: this client has had its jobs for now."""
         self._count(request, "job", lambda: self._settings.jobs_per_minute)
+
+    def address_check(self, request: HTTPConnection) -> None:
+        """Raises TooManyRequests: this client has had addresses looked up for now."""
+        self._count(request, "check-address", lambda: ADDRESS_CHECKS_PER_MINUTE)
+
+    def client(self, request: HTTPConnection) -> str:
+        """The client's address as it is counted: for IPv6, its network."""
+        return client_address(request, self._proxies)
 
     def failed(self, request: HTTPConnection, what: str, per_minute: int) -> None:
         """Count a wrong secret. Raises TooManyRequests once there were too many."""

@@ -1,7 +1,7 @@
-"""What an operator or a worker's owner tells a worker to do: take no more jobs, come back, go away.
+"""What an operator or a worker's owner tells a worker to do: take no jobs, come back, go away.
 
-The database has the last word, so that a worker that reconnects is what it was. A worker that drains
-is sent no frame: it is simply given nothing, and can be taken back at any moment.
+The database has the last word, so that a worker that reconnects is what it was. A worker that
+drains is sent no frame: it is simply given nothing, and can be taken back at any moment.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from router.api import payment
 from router.api.answers import noted, problem_answer
 from router.api.payment import Payer
 from router.core import Core
-from router.errors import BadRequest, Unauthorized
+from router.errors import BadRequest, NoSuchThing, Unauthorized
 from router.rate_limits import KEY_FAILURES_PER_MINUTE
 
 # Guessing one of these is what the throttle is against; the other reasons are honest mistakes.
@@ -30,6 +30,9 @@ class OwnDoorRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             try:
+                # PostgreSQL has no such character in its texts, so nothing can be named so.
+                if any("\0" in str(value) for value in request.path_params.values()):
+                    raise NoSuchThing("there is no such thing")
                 return await handler(request)
             except HTTPException:
                 raise

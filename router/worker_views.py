@@ -1,0 +1,261 @@
+"""What workers see: their own earnings, payouts, record and skips; and the bare numbers of all."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from billing import ledger, payees, payout_control, payout_records
+from billing.payees import PayeeAddress
+from billing.payout_records import PayoutRecord
+from billing.payout_settings import PayoutSettings
+from billing.payout_states import PayoutState
+from router import job_queue
+from router.core import Core
+from router.job_queue import Step
+from router.job_views import time_text
+from router.lanes import answer_limit
+from router.workers import Worker, hash_worker_key
+
+PAYOUTS_SHOWN = 20
+EVENTS_SHOWN = 20
+_EVENTS_LOOKED_AT = 1000
+
+# Of the latest attempts only: a worker that never fails must not make us read all it ever did.
+_EVENTS = """
+select * from (
+    select started_at, ended_at, outcome, blame, error from attempts
+    where worker_id = $1 order by started_at desc limit $2) latest
+where blame = 'worker' order by started_at desc limit $3"""
+
+
+async def find(core: Core, worker_key: str) -> Any:
+    """The row of the worker that holds this key; None when there is none."""
+    async with core.database.connection() as connection:
+        return await connection.fetchrow(
+            "select * from workers where key_hash = $1", hash_worker_key(worker_key)
+        )
+
+
+async def own_view(core: Core, row: Any) -> dict[str, Any]:
+    """All that a worker's owner may know of it (`GET /workers/me`)."""
+    worker_id, now = row["id"], core.clock()
+    live = core.fleet.get(worker_id)
+    async with core.database.transaction("repeatable_read") as connection:
+        sums = await payout_records.worker_sums(connection, worker_id)
+        page = await payout_records.list_payouts(
+            connection, account=ledger.worker(worker_id), limit=PAYOUTS_SHOWN
+        )
+        address = await payees.get_address(connection, worker_id, now=now)
+        owed_since = await connection.fetchval(
+            "select owed_since from payees where id = $1", worker_id
+        )
+        control = await payout_control.control_state(connection)
+        events = await connection.fetch(_EVENTS, worker_id, _EVENTS_LOOKED_AT, EVENTS_SHOWN)
+        steps = await job_queue.steps(connection)
+    due_at = next_due_at(
+        core.payouts.settings, address, owed_msat=sums.pending_msat, owed_since=owed_since, now=now
+    )
+    blocked = _blocked(address, control.paused_why, control.blocked)
+    next_payout: dict[str, Any] = {
+        "due_at": time_text(due_at),
+        "threshold_msat": core.payouts.settings.threshold_msat,
+    }
+    if blocked is not None:
+        next_payout["blocked"] = blocked
+    return {
+        "worker_id": worker_id,
+        "name": row["name"],
+        "online": live is not None,
+        "banned": row["banned_at"] is not None,
+        "draining": row["draining"],
+        "slots": live.slots if live else row["slots"],
+        "busy": len(live.busy) if live else 0,
+        **address_view(address),
+        "earned_msat": sums.earned_msat,
+        "paid_msat": sums.paid_msat,
+        "pending_msat": sums.pending_msat,
+        "sending_msat": sums.sending_msat,
+        "next_payout": next_payout,
+        "payouts": [_payout(record) for record in page.payouts],
+        "models": _models(row, live),
+        "jobs_done": row["jobs_done"] + (live.done if live else 0),
+        "jobs_failed": row["jobs_failed"] + (live.failed if live else 0),
+        "tokens": row["tokens"] + (live.tokens if live else 0),
+        "reputation": {
+            "score": round(live.reliability if live else row["reliability"], 4),
+            "events": [_event(event) for event in events],
+        },
+        "skips": [skip.as_json() for skip in skips(live, steps)],
+        "network": core.node.network,
+        "simulated": core.node.simulated,
+    }
+
+
+def address_view(address: PayeeAddress | None) -> dict[str, Any]:
+    """Where a worker is paid, and the change that is waiting, if one is."""
+    view: dict[str, Any] = {
+        "ln_url": address.ln_url if address else None,
+        "payable": address is not None and address.ln_url is not None,
+    }
+    if address is not None and address.next_ln_url_at is not None:
+        view["next_ln_url"] = address.next_ln_url
+        view["next_ln_url_at"] = time_text(address.next_ln_url_at)
+    return view
+
+
+def next_due_at(
+    settings: PayoutSettings,
+    address: PayeeAddress | None,
+    *,
+    owed_msat: int,
+    owed_since: datetime | None,
+    now: datetime,
+) -> datetime | None:
+    """When what is owed will be sent, as far as it depends on this worker; None: not in sight."""
+    if address is None or address.ln_url is None or owed_msat < settings.smallest_batch_msat:
+        return None
+    due_at = now
+    if owed_msat < settings.threshold_msat:
+        due_at = (owed_since or now) + timedelta(seconds=settings.interval_s)
+    return max(due_at, address.next_try_at or due_at)
+
+
+def _blocked(
+    address: PayeeAddress | None, paused_why: str | None, blocked: payout_control.Blocked | None
+) -> str | None:
+    if address is None or address.ln_url is None:
+        return "no_address"
+    if paused_why is not None:
+        return "payouts_paused"
+    return blocked.value if blocked else address.failure_code
+
+
+def _payout(record: PayoutRecord) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "id": record.id,
+        "state": record.state.value,
+        "amount_msat": record.amount_msat,
+        "fee_msat": record.fee_msat,
+        "payment_hash": record.payment_hash,
+        "at": time_text(record.at),
+    }
+    if record.state is PayoutState.PAID:
+        view["preimage"] = record.preimage
+    if record.error_code is not None:
+        view["error"] = record.error_code
+    return view
+
+
+def _models(row: Any, live: Worker | None) -> list[dict[str, Any]]:
+    speeds = live.speeds if live else json.loads(row["speeds"])
+    return [
+        {**model, "tokens_per_s": round(speeds[model["id"]], 1) if model["id"] in speeds else None}
+        for model in json.loads(row["models"])
+    ]
+
+
+def _event(row: Any) -> dict[str, Any]:
+    # The error is the worker's own words, or ours about it: its owner may read them.
+    return {
+        "at": time_text(row["ended_at"] or row["started_at"]),
+        "code": row["outcome"],
+        "message": row["error"],
+    }
+
+
+# --- why a waiting job is not given to a worker -------------------------------------------------
+
+
+@dataclass(slots=True)
+class Skip:
+    """Jobs that wait and that a worker is not given, for one reason."""
+
+    code: str
+    count: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"code": self.code, "count": self.count, "facts": self.facts}
+
+
+def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
+    """Why the jobs that wait now are not given to a worker, the most frequent reason first. Pure.
+
+    offline, draining, busy    it could have them, but is not there, or has its hands full
+    model_not_served           facts: the models
+    context_too_short          facts: the context needed by the longest class, and its own
+    max_tokens_too_low         facts: the same for the answer
+    """
+    found: dict[str, Skip] = {}
+    for code, count in worker.skips.items() if worker else ():
+        found[code] = Skip(code, count)
+    models: dict[str, int] = defaultdict(int)
+    for step in steps:
+        code, facts = _skip(worker, step)
+        if code is None:
+            continue
+        skip = found.setdefault(code, Skip(code))
+        skip.count += step.jobs
+        if code == "model_not_served":
+            models[step.lane.split("/", 3)[3]] += step.jobs
+        elif facts.get("needed", 0) > skip.facts.get("needed", 0):
+            skip.facts = facts
+    if models:
+        wanted = sorted(models, key=lambda model: -models[model])
+        found["model_not_served"].facts = {"models": wanted[:10]}
+    return sorted(found.values(), key=lambda skip: (-skip.count, skip.code))
+
+
+def _skip(worker: Worker | None, step: Step) -> tuple[str | None, dict[str, Any]]:
+    if worker is None:
+        return "offline", {}
+    kind, context, answer, model = step.lane.split("/", 3)
+    served = next((m for m in worker.models if m.id == model and m.kind == kind), None)
+    if served is None:
+        return "model_not_served", {}
+    if int(context) > served.context_length:
+        return "context_too_short", {"needed": int(context), "yours": served.context_length}
+    if int(answer) > answer_limit(served):
+        return "max_tokens_too_low", {"needed": int(answer), "yours": answer_limit(served)}
+    if worker.draining:
+        return "draining", {}
+    return ("busy", {}) if worker.free_slots == 0 else (None, {})
+
+
+# --- the bare numbers (QB-R17, QB-R18) ----------------------------------------------------------
+
+
+def stats(core: Core) -> dict[str, int]:
+    """How many workers are idle and how many are busy; `connected` counts only the idle (QB-R17)."""
+    workers = core.fleet.all()
+    busy = sum(1 for worker in workers if worker.busy)
+    return {"connected": len(workers) - busy, "busy": busy}
+
+
+async def detail(core: Core, worker_id: str | None) -> list[dict[str, Any]]:
+    """What connected workers are, without who they are (QB-R18). None: all of them."""
+    workers = [w for w in core.fleet.all() if worker_id is None or w.id == worker_id]
+    async with core.database.connection() as connection:
+        rows = await connection.fetch(
+            "select id, hardware, jobs_done from workers where id = any($1::text[])",
+            [worker.id for worker in workers],
+        )
+    known = {row["id"]: row for row in rows}
+    return [_detail(worker, known[worker.id]) for worker in workers if worker.id in known]
+
+
+def _detail(worker: Worker, row: Any) -> dict[str, Any]:
+    hardware = json.loads(row["hardware"])
+    return {
+        "worker_version": hardware.get("worker_version"),
+        "capabilities": sorted({model.kind.value for model in worker.models}),
+        "gpu_cnt": hardware.get("nv_gpu_count") or len(hardware.get("nv_gpus") or ()),
+        "perf": round(max(worker.speeds.values()), 1) if worker.speeds else None,
+        "cnt": row["jobs_done"] + worker.done,
+        "busy": bool(worker.busy),
+    }
