@@ -24,6 +24,7 @@ from router.database import Database, DatabaseUnavailable
 from router.job_states import Event, State
 from router.job_store import Claimed, Ending
 from router.job_stream import StreamHub
+from router.lanes import Edges
 from router.models import Models
 from router.results import result
 from router.settings import Settings
@@ -63,6 +64,8 @@ class Maintenance:
         self._router_id = router_id
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
+        # The edges that the whole queue is known to be sorted by.
+        self._laned_for: Edges | None = None
 
     def start(self) -> None:
         loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
@@ -265,19 +268,40 @@ class Maintenance:
             worker.tokens -= tokens
 
     async def finer_lanes(self) -> None:
-        """Bring in edges that other routers have added, and move waiting jobs to their lanes."""
-        async with self._database.transaction() as connection:
+        """Bring in edges that other routers have added; after new ones move waiting jobs.
+
+        A pass over the whole queue, but only when there are new edges: each router makes one after
+        it has learned of them, so that jobs it queued before that are moved too.
+        """
+        async with self._database.connection() as connection:
             edges = await workers.load_edges(connection)
-            if edges != self._fleet.edges:
-                self._fleet.set_edges(edges)
-            rows = await connection.fetch(
-                "select q.job_id, q.lane, q.multiplier_milli, q.seq, j.kind, j.model,"
-                " j.prompt_tokens, j.max_tokens from queue q join jobs j on j.id = q.job_id"
-                " where q.lane <> all($1::text[]) limit $2",
-                sorted({lane for worker in self._fleet.all() for lane in worker.lanes}),
+        if edges != self._fleet.edges:
+            self._fleet.set_edges(edges)
+        if edges == self._laned_for:
+            return
+        moved, last = 0, ("", "")
+        while rows := await self._waiting_after(*last):
+            moved += await self._to_own_lanes(rows)
+            last = (rows[-1]["job_id"], rows[-1]["lane"])
+        self._laned_for = edges
+        if moved:
+            log.info("moved %d waiting jobs to finer lanes", moved)
+            self._attempts.on_work()
+
+    async def _waiting_after(self, job_id: str, lane: str) -> Sequence[Any]:
+        async with self._database.connection() as connection:
+            return await connection.fetch(
+                "select q.job_id, q.lane, j.kind, j.model, j.prompt_tokens, j.max_tokens"
+                " from queue q join jobs j on j.id = q.job_id"
+                " where (q.job_id, q.lane) > ($1, $2) order by q.job_id, q.lane limit $3",
+                job_id,
+                lane,
                 _BATCH * 5,
             )
-            moved = 0
+
+    async def _to_own_lanes(self, rows: Sequence[Any]) -> int:
+        moved = 0
+        async with self._database.transaction() as connection:
             for row in rows:
                 lane = self._models.lane(
                     Kind(row["kind"]),
@@ -288,9 +312,7 @@ class Maintenance:
                 if lane != row["lane"]:
                     await job_queue.move(connection, row["job_id"], row["lane"], lane)
                     moved += 1
-        if moved:
-            log.info("moved %d waiting jobs to finer lanes", moved)
-            self._attempts.on_work()
+        return moved
 
     async def wipe(self) -> None:
         """Delete prompts and answers whose time is over; the money records stay."""

@@ -63,6 +63,8 @@ def test_new_edges_put_no_job_where_a_worker_looks_that_it_does_not_fit(
     for worker in [*before, *after]:
         if stands_in in drained_by(new, [worker]):
             assert fits(worker, prompt_tokens, max_tokens)
+    for worker in before:
+        assert (stands_in in drained_by(new, [worker])) >= (stands_in in drained_by(old, [worker]))
 
 
 def test_a_short_context_elsewhere_does_not_strand_a_job_that_fits_a_long_one():

@@ -1,0 +1,163 @@
+"""The queue in SQL: order, candidates, places, and moves between lanes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from router import job_queue, job_store
+from router.database import Database
+from router.job_states import Event
+from router.job_store import Ending, GiveBack, Submission
+from tests.job_tools import LANE, claim, end, new_job, new_quote, payer, submit
+from tests.router_rig import MODEL, running_rig
+
+
+async def _queue(
+    connection: Any, account_id: str, *multipliers: int, lane: str = LANE
+) -> list[str]:
+    """Queue one job after the other; their ids."""
+    jobs = [new_job(multiplier_milli=milli, lane=lane) for milli in multipliers]
+    for job in jobs:
+        await submit(connection, account_id, job)
+    return [job.id for job in jobs]
+
+
+async def _order(connection: Any, *lanes: str) -> list[str]:
+    heads = await job_queue.heads(connection, lanes or (LANE,), most=100)
+    return [head.job_id for head in heads]
+
+
+async def test_the_queue_is_ordered_by_multiplier_and_then_by_time(database: Database):
+    """LH-4, E6-7: equal multipliers keep the order in which they came."""
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        a, b, c, d, e = await _queue(connection, account_id, 1000, 2000, 1000, 2000, 1001)
+        assert await _order(connection) == [b, d, e, a, c]
+
+
+async def test_jobs_of_one_batch_keep_the_order_of_the_batch(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        quotes = [new_quote(new_job(), new_job(index=1)) for _ in range(20)]
+        await job_store.submit_many(connection, [Submission(q, account_id) for q in quotes])
+        assert await _order(connection) == [job.id for quote in quotes for job in quote.jobs]
+
+
+async def test_the_order_holds_over_several_lanes(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (cheap,) = await _queue(connection, account_id, 1000, lane="a")
+        (dear,) = await _queue(connection, account_id, 3000, lane="b")
+        (middle,) = await _queue(connection, account_id, 2000, lane="a")
+        assert await _order(connection, "a", "b") == [dear, middle, cheap]
+        assert await _order(connection, "a") == [middle, cheap]
+        assert await _order(connection, "c") == []
+        heads = await job_queue.heads(connection, ["a", "b"], most=2)
+        assert [head.job_id for head in heads] == [dear, middle]
+
+
+async def test_a_bumped_job_keeps_its_time_among_equals(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        first, second, third = await _queue(connection, account_id, 1000, 2000, 1000)
+        await job_queue.reprice(connection, first, 2000)
+        await job_queue.reprice(connection, third, 2000)
+        assert await _order(connection) == [first, second, third]
+
+
+async def test_a_job_that_is_given_back_has_its_old_place(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        first, second = await _queue(connection, account_id, 1000, 1000)
+        assert await claim(connection, first, "w1")
+        assert await _order(connection) == [second]
+        back = GiveBack(first, 1, LANE, "lost", "worker")
+        assert await job_store.give_back_many(connection, [back]) == [True]
+        assert await _order(connection) == [first, second]
+        head = (await job_queue.heads(connection, [LANE], most=1))[0]
+        assert head.tried_by == frozenset({"w1"})
+
+
+async def test_only_one_of_two_claims_gets_a_job(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (job_id,) = await _queue(connection, account_id, 1000)
+
+    async def one(worker_id: str) -> bool:
+        async with database.transaction() as connection:
+            return await claim(connection, job_id, worker_id) is not None
+
+    won = await asyncio.gather(*(one(f"w{i}") for i in range(5)))
+    assert sorted(won) == [False, False, False, False, True]
+    async with database.connection() as connection:
+        assert await connection.fetchval("select count(*) from attempts") == 1
+        assert await job_queue.length(connection) == 0
+
+
+async def test_ended_jobs_are_out_of_the_queue(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        cancelled, expired, left = await _queue(connection, account_id, 1000, 1000, 1000)
+        assert await end(connection, Ending(cancelled, Event.CANCEL, "cancelled"))
+        assert await end(connection, Ending(expired, Event.EXPIRE, "max_wait"))
+        assert await _order(connection) == [left]
+
+
+async def test_a_place_counts_those_who_would_be_taken_before(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        await _queue(connection, account_id, 2000, 1500)
+        (own,) = await _queue(connection, account_id, 1500)
+        await _queue(connection, account_id, 1500, 1000)
+        await _queue(connection, account_id, 9000, lane="elsewhere")
+        seq = await connection.fetchval("select seq from queue where job_id = $1", own)
+        assert await job_queue.ahead(connection, [LANE], multiplier_milli=1500, seq=seq) == 2
+        both = [LANE, "elsewhere"]
+        assert await job_queue.ahead(connection, both, multiplier_milli=1500, seq=seq) == 3
+
+
+async def test_the_steps_are_the_whole_queue_by_lane_and_multiplier(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        await _queue(connection, account_id, 1000, 1000, 2000)
+        await _queue(connection, account_id, 1000, lane="other")
+        steps = {(s.lane, s.multiplier_milli): s.jobs for s in await job_queue.steps(connection)}
+        assert steps == {(LANE, 1000): 2, (LANE, 2000): 1, ("other", 1000): 1}
+        assert await job_queue.length(connection) == 4
+
+
+async def test_a_move_finds_a_job_only_in_the_lane_it_was_seen_in(database: Database):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (job_id,) = await _queue(connection, account_id, 1000)
+        await job_queue.move(connection, job_id, "not here", "there")
+        assert await _order(connection) == [job_id]
+        await job_queue.move(connection, job_id, LANE, "there")
+        assert await _order(connection) == []
+        assert await _order(connection, "there") == [job_id]
+
+
+async def test_adding_nothing_is_harmless(database: Database):
+    async with database.transaction() as connection:
+        await job_queue.add(connection, [])
+        assert await job_queue.length(connection) == 0
+
+
+async def test_new_edges_move_waiting_jobs_to_where_a_new_worker_looks(
+    tmp_path: Path, database_url: str
+):
+    """The job waits in a coarse lane that a long worker drains; a shorter one that it fits comes."""
+    async with running_rig(tmp_path, database_url) as rig:
+        long = [{"id": MODEL, "kind": "text", "context_length": 8192, "max_tokens": 4096}]
+        short = [{"id": MODEL, "kind": "text", "context_length": 3000, "max_tokens": 1000}]
+        async with rig.worker(models=long) as busy:
+            key = await rig.bearer()
+            body = {"model": MODEL, "prompt": "x" * 4000, "max_tokens": 900, "kind": "completion"}
+            await rig.http.post("/jobs", json=body, headers=key)
+            await busy.job()
+            waiting = (await rig.http.post("/jobs", json=body, headers=key)).json()["jobs"][0]
+            async with rig.worker(models=short) as newcomer:
+                await rig.core.maintenance.finer_lanes()
+                assert (await newcomer.job())["job_id"] == waiting["id"]
