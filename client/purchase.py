@@ -147,7 +147,7 @@ def _submit(
     try:
         raw = yield from ask(start, patience=patience)
     except RouterRefused as error:
-        shorter = error.code == "insufficient_balance" and body.get("max_tokens") is None
+        shorter = error.code == "insufficient_balance" and not _names_length(body)
         if error.status != 403 and not shorter:
             raise
         shown["X-Max-Fee-Msat"] = str(quote.offer_msat)
@@ -155,6 +155,10 @@ def _submit(
         raw = yield from ask(direct, patience=patience)
         quote = replace(quote, id=must(raw, "quote_id", str))
     return Purchase(quote, 0, credential, job_list(raw))
+
+
+def _names_length(body: Mapping[str, Any]) -> bool:
+    return any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
 
 
 def _once(headers: Mapping[str, str]) -> dict[str, str]:

@@ -83,7 +83,7 @@ class ContractServer:
             contract = server
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        self.http.daemon_threads = False  # so that closing waits for them and their sockets
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def seen(self, method: str, pattern: str) -> list[tuple[str, dict[str, str], Any]]:
@@ -116,6 +116,7 @@ def invoice_for(amount_msat: int) -> str:
 class _Handler(BaseHTTPRequestHandler):
     contract: ContractServer
     protocol_version = "HTTP/1.1"
+    timeout = 5
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""
@@ -212,10 +213,14 @@ class _Handler(BaseHTTPRequestHandler):
     # --- jobs -----------------------------------------------------------------------------------
 
     def submit(self, body: dict[str, Any]) -> None:
-        quote = self.contract.quotes[body["quote_id"]]
         if self.headers.get("Authorization") != f"Bearer {KEY}":
             self._error(402, "insufficient_balance", "too little", balance_msat=5, fee_msat=1081)
             return
+        if "quote_id" in body:
+            quote = self.contract.quotes[body["quote_id"]]
+        else:
+            quote = StandInQuote(secrets.token_hex(8), body, 1010, 1010, [body["model"]])
+            self.contract.quotes[quote.id] = quote
         self.contract.submitted[self.headers["Idempotency-Key"]] = quote.id
         quote.paid = True
         jobs = [

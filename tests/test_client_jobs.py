@@ -196,6 +196,26 @@ async def test_an_empty_balance_is_told_with_its_figures(server):
     assert raised.value.facts == {"balance_msat": 5, "fee_msat": 1081}
 
 
+async def test_a_key_that_starts_no_stored_quote_buys_the_same_request_at_its_price(keyed, server):
+    refused = {"error": {"code": "forbidden", "message": "a key with a spending limit"}}
+    server.faults.answers["/jobs"] = [(403, {}, refused)]
+    completion = await keyed.do("run", PROMPT, model="stand-in", max_tokens=15)
+    assert completion.text == ANSWER
+    [(_, first, start), (_, second, direct)] = server.seen("POST", "/jobs")
+    assert list(start) == ["quote_id"]
+    assert direct["messages"] == [{"role": "user", "content": PROMPT}]
+    assert second["x-max-fee-msat"] == "1010"
+    assert first["idempotency-key"] != second["idempotency-key"]
+
+
+async def test_a_balance_too_small_for_the_length_that_was_asked_is_not_shortened(keyed, server):
+    refused = {"error": {"code": "insufficient_balance", "message": "too little"}}
+    server.faults.answers["/jobs"] = [(402, {}, refused)]
+    with pytest.raises(PaymentNeeded):
+        await keyed.do("run", PROMPT, model="stand-in", max_tokens=15)
+    assert len(server.seen("POST", "/jobs")) == 1
+
+
 async def test_a_submitted_job_paid_by_lightning_has_its_id(either, server):
     purchase = await either.do("submit", PROMPT, model="stand-in")
     job = await either.do("job", purchase.jobs[0].id, purchase.credential)
