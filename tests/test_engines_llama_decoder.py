@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +13,7 @@ from tests.worker_stand_ins import RecordingSink
 from worker import demo_model
 from worker.engines.llama_decoder import Answer, Decoder, common_prefix
 from worker.engines.llama_model import LlamaModel
-from worker.engines.llama_sampling import plan_sampling
+from worker.engines.llama_sampling import plan_sampling, silent_stderr
 from worker.protocol import FinishReason, Sampling
 
 SYSTEM = "<|im_start|>system\n" + "You are a helpful assistant. " * 12 + "<|im_end|>\n"
@@ -159,3 +162,20 @@ def test_the_prefix_of_two_lists_is_found():
     cases = [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2, 4, 5], 2)]
     for one, other, expected in cases:
         assert common_prefix(one, other) == common_prefix(other, one) == expected
+
+
+def test_stderr_is_quiet_for_a_moment_and_then_back(capfd: pytest.CaptureFixture[str]):
+    with silent_stderr():
+        os.write(2, b"hidden\n")
+    os.write(2, b"shown\n")
+    assert capfd.readouterr().err == "shown\n"
+
+
+def test_a_process_without_stderr_can_be_quiet_as_well():
+    code = (
+        "import os; from worker.engines.llama_sampling import silent_stderr\n"
+        "os.close(2)\n"
+        "with silent_stderr(): print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"fine\n"

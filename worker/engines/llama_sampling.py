@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import os
 import secrets
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,8 +144,12 @@ def silent_stderr() -> Iterator[None]:
     A grammar is made of what a client sent, which must reach no log. What other threads print in
     these microseconds is lost with it.
     """
-    sys.stderr.flush()
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:
+        # A service without a stderr has nothing to keep quiet.
+        yield
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
