@@ -38,6 +38,7 @@ from billing.payout_moves import Moved
 from billing.payout_planning import PayoutPlanner
 from billing.payout_sending import PayoutSender
 from billing.payout_settings import PayoutSettings
+from billing.payout_states import LONGEST_PAUSE
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ _GRACE_S = 10.0
 
 _DUE = """
 select id from payouts
-where state = any($1::text[]) and next_try_at <= $2 and id <> all($3::text[])
+where state = any($1::text[]) and (next_try_at <= $2 or next_try_at > $5)
+  and id <> all($3::text[])
 order by next_try_at, id limit $4"""
 
 _NEXT_DUE = """
@@ -208,6 +210,8 @@ class PayoutRunner:
                 context.clock(),
                 list(self._working),
                 self._free(),
+                # No pause is longer, so this was written by a clock that has been set back since.
+                context.clock() + LONGEST_PAUSE,
             )
         return [self._start(row["id"], self._sender.advance(row["id"], node)) for row in due]
 

@@ -1,8 +1,10 @@
 """A world for payouts: a database, the simulated network as oracle, payees' servers, one clock.
 
-A `Process` is a payout runner that can be killed: its fuse is looked at before and after each
-commit, each call of the node and each request to a payee, and when it has burnt down CrashNow goes
-off there, and everywhere else in that process from then on. What was committed or sent stays.
+A `Process` is a payout runner that can be killed: its fuse is looked at before each commit, each
+call of the node and each request to a payee. When it has burnt down, CrashNow goes off there, and
+everywhere else in that process from then on. What was committed or sent stays. All else that a
+process does can be seen by nobody, so these are all the moments at which its death makes a
+difference: after the one, before the next.
 
 After every commit of a process the books are checked, whatever it was doing.
 """
@@ -11,6 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -25,11 +30,12 @@ from billing.ledger import LIGHTNING, Transfer
 from billing.lightning import Capabilities, NodeInfo
 from billing.lightning.simulated.backend import SimulatedBackend
 from billing.lightning.simulated.network import Network
+from billing.lightning.simulated.payments import PaymentRecord
 from billing.lightning.simulated.wallets import ROUTER
 from billing.lightning_address import LightningAddresses
 from billing.outside_http import OutsideAnswer, OutsideHttp, OutsideHttpError
 from billing.outside_url import OutsideRules, OutsideUrl
-from billing.payout_records import PayoutRecord, list_payouts, worker_sums
+from billing.payout_records import PayoutRecord, list_payouts
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import AttemptState, PayoutState
 from billing.payouts import PayoutRunner
@@ -40,6 +46,23 @@ from router.database import Database
 START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 SETTINGS = PayoutSettings(pay_timeout_s=0.05)
 INVOICE_EXPIRY_S = 600
+
+
+# `earned` is what is payable, on its way and paid, of each worker.
+_CHECK = """
+select
+    (select coalesce(sum(amount_msat + case kind when 'withdrawal' then fee_cap_msat else 0 end), 0)
+     from payouts where state in ('planned', 'sending'))::bigint as held_msat,
+    (select coalesce(sum(balance_msat), 0) from ledger_balances
+     where account = 'liabilities:payouts_sending')::bigint as sending_msat,
+    (select json_object_agg(id, earned_msat) from (
+        select replace(account, $1, '') as id, sum(amount_msat)::bigint as earned_msat from (
+            select account, balance_msat as amount_msat from ledger_balances
+            union all
+            select account, amount_msat from payouts where state <> 'failed') t
+        where starts_with(account, $1) group by 1) e) as earned,
+    exists (select from payout_attempts where state in ('invoiced', 'submitted')
+            group by payout_id having count(*) > 1) as crowded"""
 
 
 class CrashNow(BaseException):
@@ -130,9 +153,7 @@ class _Http:
 
     async def fetch(self, url: OutsideUrl, **_: object) -> OutsideAnswer:
         self._fuse.spark()
-        answer = await self._servers.fetch(url)
-        self._fuse.spark()
-        return answer
+        return await self._servers.fetch(url)
 
 
 class _Backend:
@@ -154,9 +175,7 @@ class _Backend:
         self._fuse.spark()
         if self.error is not None:
             raise self.error
-        result = await (self.answer(operation, call) if self.answer else call())
-        self._fuse.spark()
-        return result
+        return await (self.answer(operation, call) if self.answer else call())
 
     async def node_info(self) -> NodeInfo:
         info = await self._call("node_info", self._inner.node_info)
@@ -187,7 +206,7 @@ class Process:
             cast(OutsideHttp, _Http(world.servers, self.fuse)),
             network="regtest",
             own_pubkey=world.pubkey,
-            now=lambda: world.now,
+            now=world.tick,
         )
         self.runner = PayoutRunner(
             self.transaction,
@@ -208,12 +227,18 @@ class Process:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Any]:
-        self.fuse.spark()
-        async with self.world.database.transaction() as connection:
+        opened = self.world.database.transaction()
+        connection = await opened.__aenter__()
+        try:
             yield connection
             self.fuse.spark()
-        await self.world.check_books()
-        self.fuse.spark()
+        except BaseException:
+            await opened.__aexit__(*sys.exc_info())
+            raise
+        # One commit at a time, so that what is checked is what this one has left.
+        async with self.world.committing:
+            await opened.__aexit__(None, None, None)
+            await self.world.check_books()
 
     async def turn(self) -> bool:
         """One turn; False when it was killed in it."""
@@ -238,20 +263,26 @@ class World:
         self.servers: PayeeServers
         self.pubkey = ""
         self.earned_msat: dict[str, int] = defaultdict(int)
-        self.commits = 0
+        self.committing = asyncio.Lock()
+        self.checker: Any = None
         self._count = 0
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, database: Database, path: Path) -> AsyncIterator[World]:
+    async def open(cls, database: Database) -> AsyncIterator[World]:
         self = cls(database)
-        self.network = await Network.open(path, clock=lambda: self.now.timestamp())
+        # In memory where that can be had: the network flushes whatever it does to its disk.
+        in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        folder = tempfile.TemporaryDirectory(prefix="satherd-payouts-", dir=in_memory)
+        self.network = await Network.open(Path(folder.name), clock=lambda: self.now.timestamp())
         self.servers = PayeeServers(self.network)
         self.pubkey = (await self.network.node(ROUTER)).pubkey
         try:
-            yield self
+            async with database.connection() as self.checker:
+                yield self
         finally:
             await self.network.aclose()
+            folder.cleanup()
 
     def process(
         self, settings: PayoutSettings = SETTINGS, *, sparks_left: int | None = None
@@ -320,6 +351,16 @@ class World:
             if p.payment_hash in hashes and p.state != "failed"
         )
 
+    async def truth(self) -> dict[str, PaymentRecord]:
+        """What became of each hash: paid if any HTLC was taken, else in flight if any is."""
+        order = ("failed", "in_flight", "succeeded")
+        return {
+            payment.payment_hash: payment
+            for payment in sorted(
+                await self.network.paid_out(ROUTER), key=lambda p: order.index(p.state)
+            )
+        }
+
     async def hashes(self, payout_id: str) -> set[str]:
         async with self.database.connection() as connection:
             rows = await connection.fetch(
@@ -339,27 +380,16 @@ class World:
 
     async def check_books(self) -> None:
         """What must hold at every commit (families 2, 3)."""
-        self.commits += 1
-        async with self.database.transaction("repeatable_read") as connection:
-            books = await trial_balance(connection)
-            assert books.in_order, books
-            held = await connection.fetchval(
-                "select coalesce(sum(amount_msat + case kind when 'withdrawal' then fee_cap_msat"
-                " else 0 end), 0)::bigint from payouts where state in ('planned', 'sending')"
-            )
-            assert held == await ledger.balance_msat(connection, ledger.SENDING)
-            for worker_id, earned_msat in self.earned_msat.items():
-                sums = await worker_sums(connection, worker_id)
-                assert sums.earned_msat == earned_msat, worker_id
-            crowded = await connection.fetchval(
-                "select payout_id from payout_attempts where state in ('invoiced', 'submitted')"
-                " group by payout_id having count(*) > 1"
-            )
-            assert crowded is None, "two live hashes for one payout"
+        books = await trial_balance(self.checker)
+        assert books.in_order, books
+        row = await self.checker.fetchrow(_CHECK, ledger.worker(""))
+        assert row["held_msat"] == row["sending_msat"]
+        assert json.loads(row["earned"] or "{}") == self.earned_msat
+        assert not row["crowded"], "two live hashes for one payout"
 
     async def check_payments(self) -> None:
         """What must hold between the books and the truth of the network (families 1, 6, 7)."""
-        truth = {p.payment_hash: p for p in reversed(await self.network.paid_out(ROUTER))}
+        truth = await self.truth()
         async with self.database.connection() as connection:
             attempts = await connection.fetch(
                 "select payout_id, payment_hash, state from payout_attempts"
@@ -401,11 +431,7 @@ class World:
     async def decide_by_truth(self) -> int:
         """An operator who looks at the network itself decides what the runner cannot."""
         decided = 0
-        truth = {}
-        for payment in reversed(await self.network.paid_out(ROUTER)):
-            if truth.get(payment.payment_hash, payment).state != "succeeded":
-                truth[payment.payment_hash] = payment
-            truth.setdefault(payment.payment_hash, payment)
+        truth = await self.truth()
         for payout in await self.payouts():
             if payout.alert not in ("node_forgot", "maybe_paid"):
                 continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +22,8 @@ from tests.payout_world import INVOICE_EXPIRY_S, SETTINGS, World
 
 
 @pytest.fixture
-async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    async with World.open(database, tmp_path) as opened:
+async def world(database: Database) -> AsyncIterator[World]:
+    async with World.open(database) as opened:
         yield opened
         await opened.check_books()
         await opened.check_payments()
@@ -302,7 +301,9 @@ async def test_another_node_pays_nothing_while_a_payout_is_unresolved_at_the_fir
     async with world.database.connection() as connection:
         assert (await payout_control.control_state(connection)).blocked is Blocked.NODE_CHANGED
     process.backend.info = None
-    await world.network.resolve(await world.live_hash((await world.payout_of("w1")).id), settle=True)
+    await world.network.resolve(
+        await world.live_hash((await world.payout_of("w1")).id), settle=True
+    )
     await world.pass_time(60)
     for _ in range(2):
         await process.runner.run_once()

@@ -1,0 +1,494 @@
+"""Never twice, never lost: payouts under kill -9 everywhere, faults, clock jumps, lost histories.
+
+The simulated network is the oracle: it knows what has left the router's node, whatever the node
+says (lightning.md 5.2; the numbers in brackets are its families).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from billing import ledger, payees, payout_control
+from billing.errors import BillingError
+from billing.lightning.simulated.faults import Fault, FaultKind
+from billing.lightning.simulated.wallets import ROUTER
+from billing.payout_states import Alert, PayoutState
+from router.database import Database
+from tests.payout_world import INVOICE_EXPIRY_S, SETTINGS, CrashNow, Process, World
+
+OWED_MSAT = 2_000_000
+
+
+@pytest.fixture
+async def world(database: Database) -> AsyncIterator[World]:
+    async with World.open(database) as opened:
+        yield opened
+        await opened.check_books()
+        await opened.check_payments()
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Faults of one payout, and how what hangs is ended later."""
+
+    faults: tuple[Fault, ...] = ()
+    settle_later: bool = True
+    # Where the process dies: in each of its places, or in some of them, for the sake of time.
+    every: int = 3
+    first_place: int = 0
+
+
+TROUBLES = {
+    "none": Trouble(every=1),
+    "fail": Trouble((Fault(FaultKind.FAIL),)),
+    "fail_late": Trouble((Fault(FaultKind.FAIL_LATE, delay_s=200),), first_place=1),
+    "arrives_late": Trouble((Fault(FaultKind.DELAY, delay_s=200),), first_place=2),
+    "arrives_after_expiry": Trouble((Fault(FaultKind.DELAY, delay_s=INVOICE_EXPIRY_S + 300),)),
+    "held_then_taken": Trouble((Fault(FaultKind.HANG),), every=1),
+    "held_then_refused": Trouble((Fault(FaultKind.HANG),), settle_later=False),
+    "connection_lost_before": Trouble((Fault(FaultKind.DROP_BEFORE),)),
+    "connection_lost_after": Trouble((Fault(FaultKind.DROP_AFTER),), every=1),
+    "connection_lost_after_and_failed": Trouble(
+        (Fault(FaultKind.DROP_AFTER), Fault(FaultKind.FAIL))
+    ),
+    "look_ups_lost": Trouble(
+        (
+            Fault(FaultKind.DROP_AFTER),
+            Fault(FaultKind.DROP_BEFORE, operation="lookup_payment", times=3),
+        )
+    ),
+}
+
+
+async def received_msat(world: World, wallet: str) -> int:
+    await world.network.ensure_wallet(wallet)
+    return sum(record.amount_received_msat for record in await world.network.received(wallet))
+
+
+async def end_what_hangs(world: World, *, settle: bool) -> None:
+    for payment in await world.network.paid_out(ROUTER):
+        if payment.state == "in_flight":
+            await world.network.resolve(payment.payment_hash, settle=settle)
+
+
+async def run_until_paid(world: World, process: Process, worker_id: str) -> None:
+    """Turn after turn, until nothing is owed to the worker nor on its way to it."""
+    for _ in range(40):
+        await process.turn()
+        open_payouts = [
+            p
+            for p in await world.payouts(ledger.worker(worker_id))
+            if p.state in (PayoutState.PLANNED, PayoutState.SENDING)
+        ]
+        if not open_payouts and await world.balance_msat(ledger.worker(worker_id)) == 0:
+            return
+        await world.decide_by_truth()
+        await world.pass_time(70)
+    raise AssertionError(f"not paid: {await world.payouts(ledger.worker(worker_id))}")
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+async def test_killed_at_every_place_a_worker_is_paid_once(world: World, name: str):
+    """[1, 2, 3, 4, 6] At the n-th place of its life the process dies; another one takes over."""
+    trouble = TROUBLES[name]
+    lives, n = False, trouble.first_place
+    while not lives:
+        worker_id = f"w{n}"
+        await world.worker(worker_id, OWED_MSAT)
+        for fault in trouble.faults:
+            await world.network.script(fault)
+        first = world.process(sparks_left=n)
+        lives = await first.turn()
+        if lives:
+            await world.pass_time(6)
+            lives = await first.turn()
+        await world.check_payments()
+        await world.pass_time(SETTINGS.lease_s + 1)
+        successor = world.process()
+        await successor.turn()
+        await successor.turn()
+        await world.network.clear_faults()
+        await world.check_payments()
+        if FaultKind.HANG in {fault.kind for fault in trouble.faults}:
+            await end_what_hangs(world, settle=trouble.settle_later)
+        await run_until_paid(world, successor, worker_id)
+        assert await received_msat(world, worker_id) == OWED_MSAT
+        await successor.runner.stop()
+        n += trouble.every
+    assert n > 20, "the process passed too few places for this to mean anything"
+    await world.check_payments()
+    await world.check_node()
+
+
+@pytest.mark.parametrize("name", ["none", "fail", "connection_lost_after"])
+async def test_killed_at_every_place_a_client_gets_its_withdrawal_or_its_money(
+    world: World, name: str
+):
+    """[1, 3, 4] The client orders again what it got no answer for: the same invoice."""
+    lives, n = False, 0
+    while not lives:
+        client, wallet = f"c{n}", f"purse{n}"
+        await world.deposit(client, 1_000_000)
+        bolt11 = await world.invoice(wallet, 700_000)
+        for fault in TROUBLES[name].faults:
+            await world.network.script(fault)
+        first = world.process(sparks_left=n)
+        lives = await orders(first, client, bolt11) and await first.turn()
+        await world.pass_time(SETTINGS.lease_s + 1)
+        second = world.process()
+        ordered = await second.withdrawals.by_invoice(client, bolt11)
+        await second.turn()
+        await world.pass_time(30)
+        await second.turn()
+        ended = await second.withdrawals.get(client, ordered.id)
+        assert ended is not None
+        left_msat = await world.balance_msat(ledger.client(client))
+        got_msat = await received_msat(world, wallet)
+        if ended.state is PayoutState.PAID:
+            assert ended.fee_msat is not None
+            assert (got_msat, left_msat) == (700_000, 300_000 - ended.fee_msat)
+        else:
+            assert (ended.state, got_msat, left_msat) == (PayoutState.FAILED, 0, 1_000_000)
+        await world.network.clear_faults()
+        await second.runner.stop()
+        n += 1
+    assert n > 15
+    await world.check_node()
+
+
+async def orders(process: Process, client: str, bolt11: str) -> bool:
+    """Whether the order was answered before the process died."""
+    task = asyncio.create_task(process.withdrawals.by_invoice(client, bolt11))
+    await asyncio.wait([task])
+    return task.exception() is None
+
+
+async def test_killed_again_and_again_it_still_pays_once(world: World):
+    """[1, 4] Each successor lives only a little longer than the one before."""
+    for n in range(4):
+        await world.worker(f"w{n}", OWED_MSAT)
+    await world.network.script(Fault(FaultKind.DROP_AFTER, times=2))
+    for life in range(4, 40, 2):
+        await world.process(sparks_left=life).turn()
+        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.check_payments()
+    survivor = world.process()
+    for n in range(4):
+        await run_until_paid(world, survivor, f"w{n}")
+        assert await received_msat(world, f"w{n}") == OWED_MSAT
+
+
+async def test_an_htlc_that_is_held_for_days_stays_unresolved_and_is_shown(world: World):
+    """[1, 4] Long past the invoice's expiry, across restarts; nothing else is sent meanwhile."""
+    await world.network.script(Fault(FaultKind.HANG))
+    await world.worker("w1", OWED_MSAT)
+    await world.process().turn()
+    for _ in range(5):
+        await world.pass_time(86_400)
+        process = world.process()
+        await process.turn()
+        payout = await world.payout_of("w1")
+        assert payout.state is PayoutState.SENDING
+        assert payout.alert is Alert.IN_FLIGHT_LONG
+    assert len(await world.payouts()) == 1
+    assert await world.network.resolve(await world.live_hash(payout.id), settle=True) == 1
+    await world.pass_time(601)
+    await process.turn()
+    assert (await world.payout_of("w1")).state is PayoutState.PAID
+
+
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+async def test_a_clock_that_jumps_brings_no_second_invoice_for_what_is_under_way(
+    world: World, seconds: int
+):
+    """[8]"""
+    await world.network.script(Fault(FaultKind.HANG))
+    await world.worker("w1", OWED_MSAT)
+    process = world.process()
+    await process.turn()
+    for skew in (seconds, 0, seconds):
+        world.skew = timedelta(seconds=skew)
+        for _ in range(4):
+            await process.turn()
+            await world.pass_time(61)
+    assert len(world.servers.amounts_msat) == 1
+    world.skew = timedelta()
+    await end_what_hangs(world, settle=True)
+    await run_until_paid(world, process, "w1")
+    assert await received_msat(world, "w1") == OWED_MSAT
+
+
+async def test_a_request_that_was_never_made_is_given_up_only_after_the_margin(world: World):
+    """[2, 8] The node that never had it says so twice, a minute apart, past expiry and margin."""
+    await world.worker("w1", OWED_MSAT)
+    process = world.process()
+
+    async def die_before_paying(operation: str, call: Callable) -> Any:
+        if operation == "pay_invoice":
+            process.fuse.dead = True
+            raise CrashNow
+        return await call()
+
+    process.backend.answer = die_before_paying
+    assert not await process.turn()
+    assert (await world.payout_of("w1")).state is PayoutState.SENDING
+    assert await world.network.paid_out(ROUTER) == []
+    await world.pass_time(INVOICE_EXPIRY_S)
+    survivor = world.process()
+    asked = len(world.servers.asked)
+    await survivor.turn()
+    assert (await world.payout_of("w1")).state is PayoutState.SENDING
+    await world.pass_time(180)
+    await survivor.turn()
+    assert (await world.payout_of("w1")).state is PayoutState.SENDING, "one look-up is not two"
+    assert len(world.servers.asked) == asked, "no second invoice so far"
+    await world.pass_time(61)
+    await survivor.turn()
+    assert (await world.payouts())[-1].error_code == "not_sent"
+    await run_until_paid(world, survivor, "w1")
+    assert await received_msat(world, "w1") == OWED_MSAT
+
+
+async def test_a_node_whose_history_was_deleted_concludes_nothing(world: World):
+    """[1] It says "not found" of a payment that it has made, for ever and past every margin. The
+    payment before it, which it has proved to us, gives it away."""
+    await world.worker("w1", OWED_MSAT)
+    process = world.process()
+    await process.turn()
+    await world.network.script(Fault(FaultKind.DROP_AFTER))
+    await world.earn("w1", OWED_MSAT)
+    await process.turn()
+    assert (await world.payout_of("w1")).state is PayoutState.SENDING
+    for payment in await world.network.paid_out(ROUTER):
+        await world.network.forget(ROUTER, payment.payment_hash)
+    for _ in range(30):
+        await world.pass_time(600)
+        await process.turn()
+    payout = await world.payout_of("w1")
+    assert (payout.state, payout.alert) == (PayoutState.SENDING, Alert.NODE_FORGOT)
+    assert await received_msat(world, "w1") == 2 * OWED_MSAT
+    assert await world.decide_by_truth() == 1
+    assert (await world.payout_of("w1")).state is PayoutState.PAID
+    await world.check_node()
+
+
+async def test_a_node_that_lost_one_record_pays_the_same_invoice_or_nothing(world: World):
+    """[1] Within the invoice's life the same hash is sent again: the payee refuses it, and then
+    nobody but a person can tell whether it was paid."""
+    lives, n, undecided = False, 0, 0
+    while not lives:
+        worker_id = f"w{n}"
+        await world.worker(worker_id, OWED_MSAT)
+        await world.network.script(Fault(FaultKind.FORGET))
+        lives = await world.process(sparks_left=n).turn()
+        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.network.clear_faults()
+        successor = world.process()
+        for _ in range(3):
+            await successor.turn()
+            await world.pass_time(10)
+        await world.check_payments()
+        undecided += await world.decide_by_truth()
+        await run_until_paid(world, successor, worker_id)
+        assert await received_msat(world, worker_id) == OWED_MSAT
+        await successor.runner.stop()
+        n += 1
+    assert undecided > 0
+    await world.check_node()
+
+
+async def test_what_the_node_once_knew_it_may_not_deny(world: World):
+    """[1] In flight at one look-up, not found at the next: the node is not to be believed."""
+    await world.network.script(Fault(FaultKind.HANG))
+    await world.worker("w1", OWED_MSAT)
+    process = world.process()
+    await process.turn()
+    await world.network.forget(ROUTER, await world.live_hash((await world.payout_of("w1")).id))
+    for _ in range(12):
+        await world.pass_time(120)
+        await process.turn()
+    payout = await world.payout_of("w1")
+    assert (payout.state, payout.alert) == (PayoutState.SENDING, Alert.NODE_FORGOT)
+    assert process.backend.pays == 1
+
+
+class Chaos:
+    """A seeded schedule of everything that can happen."""
+
+    WAITS_S = (0, 1, 5, 20, 61, 130, 700, 4_000)
+    FAULTS = (
+        Fault(FaultKind.DELAY, delay_s=30),
+        Fault(FaultKind.DELAY, delay_s=900),
+        Fault(FaultKind.HANG),
+        Fault(FaultKind.FAIL),
+        Fault(FaultKind.FAIL_LATE, delay_s=100),
+        Fault(FaultKind.DROP_BEFORE),
+        Fault(FaultKind.DROP_AFTER),
+        Fault(FaultKind.DROP_BEFORE, operation="lookup_payment", times=2),
+        Fault(FaultKind.DROP_AFTER, operation="node_info"),
+        Fault(FaultKind.FAIL, operation="balance"),
+    )
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = random.Random(seed)
+        self.processes = [world.process(), world.process()]
+        self.orders: list[tuple[str, str]] = []
+
+    async def begin(self) -> None:
+        """One payment that succeeded: without any, a lost history could not be noticed."""
+        await self.world.worker("w0", OWED_MSAT)
+        await self.processes[0].turn()
+        assert (await self.world.payout_of("w0")).state is PayoutState.PAID
+        for n in range(1, 4):
+            await self.world.worker(f"w{n}", self.random.randrange(1_000_000, 3_000_000))
+        await self.world.deposit("c0", 5_000_000)
+
+    async def step(self) -> None:
+        acts: list[tuple[int, Callable]] = [
+            (30, self.turn),
+            (8, self.turn_both),
+            (12, self.turn_and_die),
+            (20, self.wait),
+            (12, self.trouble),
+            (6, self.resolve),
+            (6, self.earn),
+            (5, self.withdraw),
+            (3, self.jump),
+            (2, self.forget_all),
+            (2, self.change_address),
+            (2, self.break_server),
+            (2, self.pause),
+        ]
+        (act,) = self.random.choices([a for _, a in acts], [weight for weight, _ in acts])
+        await act()
+        await self.world.check_payments()
+
+    def living(self) -> Process:
+        """One of the two, begun anew if it is dead."""
+        n = self.random.randrange(2)
+        if self.processes[n].fuse.dead:
+            self.processes[n] = self.world.process()
+        return self.processes[n]
+
+    async def turn(self) -> None:
+        await self.living().turn()
+
+    async def turn_both(self) -> None:
+        await asyncio.gather(self.living().turn(), self.living().turn())
+
+    async def turn_and_die(self) -> None:
+        process = self.living()
+        process.fuse.sparks_left = process.fuse.sparks + self.random.randrange(60)
+        await process.turn()
+        process.fuse.dead = True
+
+    async def wait(self) -> None:
+        await self.world.pass_time(self.random.choice(self.WAITS_S))
+
+    async def trouble(self) -> None:
+        await self.world.network.script(self.random.choice(self.FAULTS))
+
+    async def resolve(self) -> None:
+        in_flight = [p for p in await self.world.network.paid_out(ROUTER) if p.state == "in_flight"]
+        if in_flight:
+            chosen = self.random.choice(in_flight)
+            await self.world.network.resolve(chosen.payment_hash, settle=self.random.random() < 0.5)
+
+    async def earn(self) -> None:
+        await self.world.earn(f"w{self.random.randrange(4)}", self.random.randrange(1, 2_000_000))
+
+    async def withdraw(self) -> None:
+        process = self.living()
+        amount_msat = self.random.randrange(50_000, 900_000)
+        try:
+            if self.random.random() < 0.5:
+                bolt11 = await self.world.invoice("purse", amount_msat)
+                await process.withdrawals.by_invoice("c0", bolt11)
+                await process.withdrawals.by_invoice("c0", bolt11)
+            else:
+                await process.withdrawals.by_address(
+                    "c0", "purse@pay.example", amount_msat // 1000 * 1000
+                )
+        except BillingError:
+            pass  # too little money, or a fault met on the way: nothing was ordered
+
+    async def jump(self) -> None:
+        self.world.skew = timedelta(seconds=self.random.choice((-3600, 0, 0, 3600)))
+
+    async def forget_all(self) -> None:
+        for payment in await self.world.network.paid_out(ROUTER):
+            await self.world.network.forget(ROUTER, payment.payment_hash)
+
+    async def change_address(self) -> None:
+        worker_id = f"w{self.random.randrange(4)}"
+        async with self.world.database.transaction() as connection:
+            await payees.set_address(
+                connection,
+                worker_id,
+                f"{worker_id}{self.random.choice('abc')}@pay.example",
+                now=self.world.tick(),
+            )
+
+    async def break_server(self) -> None:
+        wrong = self.random.choice(("unreachable", "error", "no_invoice"))
+        self.world.servers.broken = (
+            {} if self.world.servers.broken else {f"w{self.random.randrange(4)}": wrong}
+        )
+
+    async def pause(self) -> None:
+        async with self.world.database.transaction() as connection:
+            if await payout_control.is_paused(connection):
+                await payout_control.resume(connection)
+            else:
+                await payout_control.pause(connection, "test", now=self.world.now)
+
+    async def end(self) -> None:
+        """All that was wrong is put right; then everything must come to its end."""
+        world = self.world
+        world.servers.broken = {}
+        world.skew = timedelta()
+        await world.network.clear_faults()
+        await end_what_hangs(world, settle=self.random.random() < 0.5)
+        async with world.database.transaction() as connection:
+            await payout_control.resume(connection)
+        await world.pass_time(2 * 3600)
+        process = world.process(replace(SETTINGS, interval_s=1, minimum_msat=1_000))
+        for _ in range(60):
+            await world.pass_time(700)
+            await process.turn()
+            await world.decide_by_truth()
+            payouts = await world.payouts()
+            owed = [await world.balance_msat(ledger.worker(f"w{n}")) for n in range(4)]
+            if all(msat < 1_000 for msat in owed) and not [
+                p for p in payouts if p.state in (PayoutState.PLANNED, PayoutState.SENDING)
+            ]:
+                return
+        raise AssertionError(f"not all has ended: {owed} {payouts}")
+
+
+# A soak: SATHERD_CHAOS_SEEDS=1000 pytest tests/test_payout_crashes.py -k whatever
+SEEDS = int(os.environ.get("SATHERD_CHAOS_SEEDS", "10"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+async def test_whatever_happens_in_whatever_order_nobody_is_paid_twice_and_nothing_is_lost(
+    world: World, seed: int
+):
+    """[1, 2, 3, 4, 6, 7, 8] Two processes, kills, faults, held HTLCs, clock jumps, a node that
+    loses its history, addresses that change and break, withdrawals, pauses."""
+    chaos = Chaos(world, seed)
+    await chaos.begin()
+    for _ in range(45):
+        await chaos.step()
+    await chaos.end()
+    await world.check_payments()
+    await world.check_node()
