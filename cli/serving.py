@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import uvloop
+
 from billing.errors import BillingError
 from billing.lightning.simulated import __main__ as simulated_lightning
 from cli.settings_flags import BadSettings, complain, read_settings
@@ -14,7 +16,7 @@ from router.app import CannotStart, create_app
 from router.database import migrate
 from router.embedded_postgres import EmbeddedPostgresError, reach
 from router.logs import set_up
-from router.serve import RouterServer
+from router.serve import RouterServer, spare_collector
 from router.settings import Settings
 
 # What keeps a router from starting, in words for its operator.
@@ -33,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     set_up(settings.log_format)
     work = _migrate(settings) if command == "migrate" else serve(settings)
     try:
-        asyncio.run(work)
+        uvloop.run(work)
     except START_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,6 +47,7 @@ async def serve(settings: Settings) -> None:
     stop = stop_signal()
     server = RouterServer(create_app(settings), host=settings.host, port=settings.port)
     await server.start()
+    spare_collector()
     print(f"ready: {server.url}", flush=True)
     await stop.wait()
     await server.stop()

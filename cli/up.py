@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import uvloop
 from rich.console import Console
 
 from cli.one_machine import Machine, UpSettings, one_machine
 from cli.serving import START_ERRORS, stop_signal
 from cli.settings_flags import BadSettings, complain, read_settings
 from router.logs import set_up
+from router.serve import spare_collector
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -27,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     # Steps are for the eye; the log of everything goes to a file, and to the screen what is wrong.
     log_to_file(settings)
     try:
-        asyncio.run(_up(settings))
+        uvloop.run(_up(settings))
     except START_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,6 +49,7 @@ async def _up(settings: UpSettings) -> None:
     stop = stop_signal()
     starting = asyncio.ensure_future(stop.wait())
     async with one_machine(settings, say_step) as machine:
+        spare_collector()
         introduce(machine, settings)
         print(f"ready: {machine.url}", flush=True)
         ended = asyncio.ensure_future(machine.children.next_end())
