@@ -79,7 +79,9 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         raise BadRequest("the body must be a JSON object")
     terms = _merge(terms or Terms(), _terms(body, limits))
     models = _models(body)
-    count = _integer(body, "n", low=1, high=limits.max_n, default=1)
+    # Embeddings have no `n`: it is a field that they do not know.
+    wanted = {} if kind is Kind.EMBEDDING else body
+    count = _integer(wanted, "n", low=1, high=limits.max_n, default=1)
     assert count is not None
     max_tokens = None if kind is Kind.EMBEDDING else _max_tokens(body)
     specs = _SPECS[kind](body, max_tokens or 0)
@@ -106,7 +108,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         request_hash=request_hash(kind, body),
         stream=_flag(body, "stream"),
         include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
-        base64_embeddings=body.get("encoding_format") == "base64",
+        base64_embeddings=kind is Kind.EMBEDDING and _wants_base64(body),
     )
 
 
@@ -145,7 +147,9 @@ def _merge(first: Terms, second: Terms) -> Terms:
         value = getattr(first, name)
         return getattr(second, name) if value is None else value
 
-    return Terms(pick("multiplier"), pick("offer_msat"), pick("max_fee_msat"), pick("max_wait_s"))
+    # A multiplier in a header also outranks a total in the body: they say the same thing twice.
+    offer_msat = None if first.multiplier is not None else pick("offer_msat")
+    return Terms(pick("multiplier"), offer_msat, pick("max_fee_msat"), pick("max_wait_s"))
 
 
 def _terms(body: Mapping[str, Any], limits: Limits) -> Terms:
@@ -223,9 +227,15 @@ def _check_message(message: Any) -> None:
 
 def _says_something(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    if isinstance(content, str):
-        return bool(content)
-    return bool(content) or bool(message.get("tool_calls"))
+    parts = content if isinstance(content, list) else [content]
+    return any(map(_part_says_something, parts)) or bool(message.get("tool_calls"))
+
+
+def _part_says_something(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        # Anything but text, an image for instance, is something.
+        return bool(part.get("text")) or part.get("type", "text") != "text"
+    return bool(part)
 
 
 def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
@@ -235,6 +245,8 @@ def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
     if suffix is not None and not isinstance(suffix, str):
         raise BadRequest("suffix must be text", param="suffix")
     fields = {"suffix": suffix, "echo": _flag(body, "echo")}
+    if fields["echo"] and not all(isinstance(p, str) for p in prompts):
+        raise BadRequest("echo needs prompts of text: token ids are not read here", param="echo")
     return [
         _build(CompletionSpec, body, max_tokens, fields | {"prompt": _text_or_tokens(p, "prompt")})
         for p in prompts
@@ -248,6 +260,13 @@ def _embedding(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
         raise BadRequest(f"input has at most {MAX_INPUTS} entries", param="input")
     texts = [_text_or_tokens(text, "input") for text in inputs]
     return [EmbeddingSpec(model="", input=texts)]
+
+
+def _wants_base64(body: Mapping[str, Any]) -> bool:
+    wanted = body.get("encoding_format")
+    if wanted not in (None, "float", "base64"):
+        raise BadRequest("encoding_format must be float or base64", param="encoding_format")
+    return wanted == "base64"
 
 
 _SPECS = {Kind.CHAT: _chat, Kind.COMPLETION: _completion, Kind.EMBEDDING: _embedding}
@@ -280,7 +299,7 @@ def _build(
             max_tokens=max_tokens,
             stop=_stops(body),
             stream=_flag(body, "stream"),
-            sampling=Sampling.model_validate(sampling),
+            sampling=Sampling.model_validate(sampling, strict=True),
             **fields,
         )
     except ValidationError as error:
@@ -306,7 +325,8 @@ def _for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
     """The spec for one of n answers: with a seed, each answer gets its own."""
     changed: dict[str, Any] = {"model": model}
     if copy and not isinstance(spec, EmbeddingSpec) and spec.sampling.seed is not None:
-        seed = spec.sampling.seed + copy
+        # Within 64 bits, which is what the protocol carries.
+        seed = spec.sampling.seed + (copy if spec.sampling.seed < 2**62 else -copy)
         changed["sampling"] = spec.sampling.model_copy(update={"seed": seed})
     return spec.model_copy(update=changed)
 
