@@ -17,6 +17,7 @@ import os
 import sys
 
 from openai import APIStatusError, OpenAI
+from openai.types import CompletionUsage
 
 from client import Client, SatherdError, SimulatedWallet
 
@@ -29,10 +30,9 @@ def buy_key(router_url: str, amount_msat: int) -> str:
     return top_up.key.as_text()
 
 
-def charged_msat(usage: object) -> object:
+def charged_msat(usage: CompletionUsage | None) -> int:
     """What a request cost: Satherd's part of OpenAI's usage object."""
-    extra = getattr(usage, "satherd", None) or {}
-    return extra.get("charged_msat", "?") if isinstance(extra, dict) else "?"
+    return (usage.model_extra or {})["satherd"]["fee_msat"] if usage else 0
 
 
 def chat(sdk: OpenAI, model: str) -> None:
@@ -57,10 +57,13 @@ def stream(sdk: OpenAI, model: str) -> None:
         # them on.
         extra_headers={"X-Fee-Multiplier": "1.1", "X-Max-Fee-Msat": "100000"},
     )
+    usage = None
     for chunk in chunks:
         for choice in chunk.choices:
             print(choice.delta.content or "", end="", flush=True)
-    print()
+            # The chunk that ends the answer carries what was charged for it.
+            usage = chunk.usage if choice.finish_reason else usage
+    print(f"\n        charged {charged_msat(usage)} msat")
 
 
 def embed(sdk: OpenAI, model: str | None) -> None:

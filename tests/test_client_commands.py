@@ -135,7 +135,9 @@ def test_pay_prints_the_preimage(server):
     assert (paid["amount_msat"], paid["simulated"]) == (2000, True)
 
 
-@pytest.mark.parametrize("invoice", ["lnbc20n1qqqqqqqq", "nonsense", invoice_for(2000)])
+@pytest.mark.parametrize(
+    "invoice", ["lnbc20n1qqqqqqqq", "nonsense", invoice_for(2000)], ids=["mainnet", "no", "unknown"]
+)
 def test_what_the_simulated_network_cannot_pay_is_refused(server, invoice):
     result = run(server, "pay", invoice)
     assert (result.exit_code, result.stdout) == (1, "")

@@ -96,6 +96,9 @@ async def test_the_openai_package_chats_streams_and_embeds_with_a_key_that_it_bo
     assert "chat: Answer 1, positive." in done.stdout
     assert "stream: Answer 2, positive." in done.stdout
     assert "embeddings: 2 numbers each" in done.stdout
+    charges = await router.query("select charged_msat from jobs where kind = 'chat' order by seq")
+    for row in charges:
+        assert f"charged {row['charged_msat']} msat" in done.stdout
     assert "msat (simulated)" in done.stdout
     assert [job["kind"] for job in jobs] == ["chat", "chat", "embedding"]
     assert (await router.books()).in_order

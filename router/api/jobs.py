@@ -87,6 +87,7 @@ async def get_quote(request: Request, quote_id: str) -> Response:
     """A quote's state; to its payer also its jobs."""
     core = core_of(request)
     try:
+        payer = await _payer_if_any(core, request, "quotes")
         stored = await core.quotes.get(quote_id)
         body: dict[str, Any] = {
             "quote_id": stored.id,
@@ -99,7 +100,6 @@ async def get_quote(request: Request, quote_id: str) -> Response:
         }
         if stored.state == "late":
             body["credited_msat"] = await _credited_msat(core, stored)
-        payer = await _payer_if_any(core, request, "quotes")
         if payer is not None and payer.account_id == stored.account_id:
             rows = await core.jobs.of_quote(quote_id)
             body["jobs"] = [_job_links(core, row["id"]) | {"state": row["state"]} for row in rows]
@@ -127,8 +127,9 @@ async def follow_quote(request: Request, quote_id: str) -> Response:
     """One stream for the payment and all jobs of a quote."""
     core = core_of(request)
     try:
-        stored = await core.quotes.get(quote_id)
+        # First the payer: finding out who pays may be what settles the quote.
         payer = await _payer_if_any(core, request, "quotes")
+        stored = await core.quotes.get(quote_id)
         mine = payer is not None and payer.account_id == stored.account_id
         last = request.headers.get("last-event-id")
         return sse.EventStream(quote_events(core, stored, mine=mine, last_event_id=last))
