@@ -13,7 +13,7 @@ from cli.wallets import CLI_PATIENCE, read_credential, wallet_for
 from client import Client, Info
 from client.errors import SatherdError
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RouterUrl = Annotated[
     str | None,
