@@ -295,7 +295,7 @@ async def pay(
     await _move_attempt(connection, attempt_id, AttemptState.SUCCEEDED)
     await _end_attempt(connection, attempt_id, None, now)
     await connection.execute(
-        "update payout_attempts set preimage = $2, fee_msat = $3, alert = null where id = $1",
+        "update payout_attempts set preimage = $2, fee_msat = $3 where id = $1",
         attempt_id,
         preimage,
         fee_msat,
@@ -371,7 +371,7 @@ async def _move_attempt(connection: Any, attempt_id: str, to: AttemptState) -> N
 
 async def _end_attempt(connection: Any, attempt_id: str, code: str | None, now: datetime) -> None:
     await connection.execute(
-        "update payout_attempts set failure_code = $2, ended_at = $3 where id = $1",
+        "update payout_attempts set failure_code = $2, ended_at = $3, alert = null where id = $1",
         attempt_id,
         code,
         now,
