@@ -14,7 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
+
+from pydantic_core import PydanticSerializationError
 
 from billing import accounts, fee_schedule, fees, invoices
 from billing.fee_schedule import FeeSchedule
@@ -29,7 +32,7 @@ from router.job_store import NewJob, NewQuote
 from router.models import Models
 from router.requests import Item, Request
 from router.settings import Settings
-from worker.protocol import Kind
+from worker.protocol import JobSpec, Kind
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +104,14 @@ class Quotes:
     ) -> NewQuote:
         """What a request costs now. Nothing is stored.
 
-        `budget_msat`: the payer's balance, which shortens an answer whose length the client left
-        open. Raises BadRequest, UnknownModel, PromptTooLong, NoWorker, FeeTooHigh.
+        `budget_msat`: the payer's balance. It shortens an answer whose length the client left open,
+        as the client's own offer and limit do. Raises BadRequest, UnknownModel, PromptTooLong,
+        NoWorker, FeeTooHigh.
         """
         schedule = await self.fees.now()
         may_wait = may_wait or request.terms.max_wait_s is not None
         lengths = [self._length(request, item, may_wait) for item in request.items]
-        if budget_msat is not None and request.max_tokens is None:
+        if request.max_tokens is None:
             lengths = self._within(request, schedule, lengths, budget_msat)
         bases = [
             fees.base_fee_msat(
@@ -151,12 +155,21 @@ class Quotes:
         )
 
     def _within(
-        self, request: Request, schedule: FeeSchedule, lengths: list[int], budget_msat: int
+        self,
+        request: Request,
+        schedule: FeeSchedule,
+        lengths: list[int],
+        balance_msat: int | None,
     ) -> list[int]:
-        """Answer lengths that the budget buys at the offered multiplier, at least one token each."""
-        if request.kind is Kind.EMBEDDING:
+        """Answer lengths that the payer's balance, offer and limit buy, at least one token each."""
+        terms = request.terms
+        bounds = [balance_msat, terms.offer_msat, terms.max_fee_msat]
+        budgets = [bound for bound in bounds if bound is not None]
+        if not budgets or request.kind is Kind.EMBEDDING:
             return lengths
-        each_msat = int(budget_msat / (request.terms.multiplier or 1)) // len(lengths)
+        # One msat of each job is left for the rounding of its offer.
+        budget_msat = max(0, min(budgets) - len(lengths)) if terms.multiplier else min(budgets)
+        each_msat = int(budget_msat / (terms.multiplier or Decimal(1))) // len(lengths)
         return [
             max(
                 1,
@@ -209,7 +222,7 @@ class Quotes:
             index=index,
             kind=request.kind.value,
             model=spec.model,
-            spec=spec.model_dump_json(exclude_defaults=False, exclude_none=True),
+            spec=_as_json(spec),
             rates=json.dumps(schedule.rates(spec.model).as_json()),
             prompt_tokens=item.prompt_tokens,
             max_tokens=max_tokens,
@@ -430,6 +443,13 @@ class Quotes:
             " where id = $1 and state in ('open', 'expired')",
             quote_id,
         )
+
+
+def _as_json(spec: JobSpec) -> str:
+    try:
+        return spec.model_dump_json(exclude_none=True)
+    except PydanticSerializationError:
+        raise BadRequest("the request is nested too deeply") from None
 
 
 def stored_quote(row: Any) -> StoredQuote:

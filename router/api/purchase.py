@@ -9,17 +9,17 @@ from typing import Any
 
 from fastapi import Request
 
-from billing import ledger
+from billing import fees, ledger
 from billing.accounts import Key
 from billing.errors import BadCredential
-from billing.fees import format_multiplier
+from billing.fees import Rates, format_multiplier
 from billing.l402 import BUY_AGAIN
 from router import requests
 from router.api import payment
 from router.api.payment import Offer, Payer
 from router.core import Core
 from router.errors import Draining, NotEnoughBalance, Paused, QueueFull
-from router.job_store import NewQuote
+from router.job_store import NewJob, NewQuote
 from router.job_views import time_text
 from router.market import ROUGHLY_S
 from router.requests import Terms
@@ -140,7 +140,7 @@ async def _from_balance(
     except NotEnoughBalance as error:
         if payer.key is None:
             raise await _challenge(core, request, wanted, account_id=payer.account_id) from None
-        raise _with_affordable(error, quote) from None
+        raise _with_affordable(error, quote, payer) from None
     if submitted.repeated:
         return await _purchase(core, submitted.quote_id, payer, cancel_when_gone=gone)
     return Purchase(quote.id, tuple(job.id for job in quote.jobs), payer, gone)
@@ -189,17 +189,27 @@ async def _challenge(
     return PaymentRequired(quote, payment.offer(core, issued))
 
 
-def _with_affordable(error: NotEnoughBalance, quote: NewQuote) -> NotEnoughBalance:
-    """Say how long an answer the balance would buy (OR-1)."""
+def _with_affordable(error: NotEnoughBalance, quote: NewQuote, payer: Payer) -> NotEnoughBalance:
+    """Say how long an answer can be bought with what is there (OR-1)."""
     balance_msat = error.facts["balance_msat"]
-    variable_msat = max(1, quote.offer_msat)
-    tokens = sum(job.max_tokens for job in quote.jobs) * balance_msat // variable_msat
+    left_msat = min(balance_msat, _limit_left_msat(payer.key, balance_msat))
+    tokens = max(0, min(_affordable(job, left_msat // len(quote.jobs)) for job in quote.jobs))
     return NotEnoughBalance(
-        f"{error.message}: the fee is {quote.offer_msat} msat and the balance {balance_msat} msat,"
-        f" which buys about {tokens} tokens",
+        f"{error.message}: the fee is {quote.offer_msat} msat and the balance {balance_msat} msat;"
+        f" {left_msat} msat can be spent, which buys {tokens} tokens",
         **error.facts,
         affordable_max_tokens=tokens,
     )
+
+
+def _affordable(job: NewJob, budget_msat: int) -> int:
+    """The `max_tokens` with which a job costs no more than the budget at its own multiplier."""
+    tokens = fees.affordable_max_tokens(
+        Rates(**json.loads(job.rates)),
+        prompt_tokens=job.prompt_tokens,
+        budget_msat=max(0, budget_msat - 1) * fees.ONE_MILLI // job.multiplier_milli,
+    )
+    return min(tokens, job.max_tokens)
 
 
 def quote_json(core: Core, quote: NewQuote, *, expires_in_s: int) -> dict[str, Any]:
