@@ -100,7 +100,7 @@ class Jobs:
         return f"jt-{digest[:40]}"
 
     def is_token(self, job_id: str, presented: str) -> bool:
-        return hmac.compare_digest(self.token(job_id), presented)
+        return hmac.compare_digest(self.token(job_id).encode(), presented.encode())
 
     async def row(self, job_id: str) -> Any:
         """A job's row. Raises NoSuchJob."""

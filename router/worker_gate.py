@@ -83,6 +83,9 @@ class WorkerGate:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RefusedWorker("bad_registration", f"{where}: {first['msg']}") from None
+        if "\\u0000" in registration.model_dump_json():
+            # PostgreSQL has no such character in its texts.
+            raise RefusedWorker("bad_registration", "NUL is not a character of any name")
         seen = {(model.kind, model.id) for model in registration.models}
         if len(seen) != len(registration.models):
             raise RefusedWorker("bad_registration", "models: a model is listed twice")

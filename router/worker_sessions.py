@@ -115,6 +115,9 @@ class WorkerSession:
             claimed, self.worker, lambda: self._stop(claimed.job_id, claimed.attempt)
         )
         self._held[claimed.job_id] = running
+        # An earlier attempt at the same job may still be stopping here: its end is not awaited any
+        # more, as its frames are none of this attempt's.
+        self._stopping.pop(claimed.job_id, None)
         # The spec is JSON already: it goes out as it was stored.
         self.send(
             f'{{"type":"assign","job_id":"{claimed.job_id}","attempt":{claimed.attempt},'
@@ -184,6 +187,8 @@ class WorkerSession:
         running = self._current(job_id, attempt)
         if running is None or running.settled:
             return
+        if "\0" in text:
+            text = _storable(text)
         if seq != running.chunks:
             if seq > running.chunks:
                 self._fail(running, "chunks_missing", f"chunk {seq} came as {running.chunks}")
@@ -222,7 +227,7 @@ class WorkerSession:
             running,
             outcome=frame.code.value,
             blame=blame,
-            error=frame.message,
+            error=_storable(frame.message),
             retry=frame.retryable and blame != "job",
         )
 
@@ -263,6 +268,11 @@ class WorkerSession:
                 running, outcome=outcome, blame="worker", error="the connection was lost"
             )
         self.worker.busy.clear()
+
+
+def _storable(text: str) -> str:
+    """A worker's text without the one character that PostgreSQL has no place for."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _items(raw: dict[str, Any]) -> list[tuple[str, int, int, str, int | None]]:

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request, Response
 from billing.fees import Rates, format_multiplier
 from billing.msat import MSAT_PER_SAT, ceil_div
 from router.api.answers import answer, core_of
+from router.api.own_door import OwnDoorRoute
 from router.core import Core
 from router.job_views import time_text
 from router.prompt_tokens import BYTES_PER_TOKEN
 
-router = APIRouter(tags=["prices"])
+router = APIRouter(tags=["prices"], route_class=OwnDoorRoute)
 
 
 def software_version() -> str:

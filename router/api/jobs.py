@@ -13,6 +13,7 @@ from router import following
 from router.api import payment, purchase, sse
 from router.api.answers import answer, core_of, noted, problem_answer, read_object
 from router.api.errors import Problem
+from router.api.own_door import OwnDoorRoute
 from router.api.payment import Payer
 from router.api.purchase import PaymentRequired, payment_body, quote_json
 from router.api.quote_events import quote_events
@@ -22,7 +23,7 @@ from router.job_views import outcome_of, time_text
 from router.quotes import StoredQuote
 from worker.protocol import Kind
 
-router = APIRouter(tags=["quotes and jobs"])
+router = APIRouter(tags=["quotes and jobs"], route_class=OwnDoorRoute)
 
 
 def payment_answer(core: Core, due: PaymentRequired) -> Response:
