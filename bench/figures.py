@@ -63,6 +63,11 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
 
 
+def milliseconds(seconds: float | None) -> float | None:
+    """Seconds as milliseconds; None stays None."""
+    return None if seconds is None else seconds * 1000
+
+
 def machine() -> dict[str, Any]:
     """Where and when figures were made."""
     model = "unknown processor"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import orjson
 
 from bench import load
-from bench.figures import Options, Report, Row, percentile, run
+from bench.figures import Options, Report, Row, milliseconds, percentile, run
 from bench.load import Pace
 from bench.scene import Scene, scene
 
@@ -40,6 +40,7 @@ async def measure(options: Options) -> Sequence[Report]:
             if not await stage.books_in_order():
                 raise RuntimeError("the books do not balance")
     report.notes += [
+        "load core: clients, workers and PostgreSQL; near 1 it is they that bind",
         "router on a core of its own, the rest on the others" if pinned else "nothing was pinned",
         f"{WORKERS} workers, {KEYS} keys; the books balanced after each PostgreSQL's rows",
     ]
@@ -85,17 +86,14 @@ async def paid_jobs(
         "tokens/job": tokens,
         "jobs/s": answers / elapsed_s,
         "tokens/s": said / elapsed_s,
-        "router core share": router_s / elapsed_s,
+        "router core": router_s / elapsed_s,
+        "load core": (after.load_s - before.load_s + postgres_s) / elapsed_s,
         "router µs/job": router_s / max(1, answers) * 1e6,
         "router µs/token": router_s / max(1, said) * 1e6,
         "PG µs/job": postgres_s / max(1, answers) * 1e6,
-        "answer p50 ms": _ms(percentile(delays, 0.5)),
-        "answer p99 ms": _ms(percentile(delays, 0.99)),
+        "answer p50 ms": milliseconds(percentile(delays, 0.5)),
+        "answer p99 ms": milliseconds(percentile(delays, 0.99)),
     }
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000
 
 
 if __name__ == "__main__":

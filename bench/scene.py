@@ -43,6 +43,7 @@ class Usage:
     at_s: float
     router_s: float
     postgres_s: float
+    load_s: float
 
 
 class Scene:
@@ -81,7 +82,7 @@ class Scene:
         return self.lightning_url.removeprefix("http://")
 
     def usage(self) -> Usage:
-        """What router and database have used up to now."""
+        """What router, database and this process have used up to now."""
         mine = self._router.cpu_times()
         server = self._postgres.cpu_times()
         postgres_s = server.user + server.system + server.children_user + server.children_system
@@ -91,7 +92,7 @@ class Scene:
             except psutil.NoSuchProcess:
                 continue
             postgres_s += times.user + times.system
-        return Usage(time.perf_counter(), mine.user + mine.system, postgres_s)
+        return Usage(time.perf_counter(), mine.user + mine.system, postgres_s, time.process_time())
 
     def memory_bytes(self) -> int:
         """Memory that is the router's alone."""
@@ -127,7 +128,7 @@ async def scene(*, throw_away: bool, pin: bool = True) -> AsyncIterator[Scene]:
     """Start everything, yield, stop everything. `throw_away`: a PostgreSQL that does not fsync."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     async with AsyncExitStack() as stack:
-        folder = _folder(stack)
+        folder = passable(stack.enter_context(tempfile.TemporaryDirectory(prefix="satherd-bench-")))
         router_cores = _part_cores(stack) if pin else None
         postgres = EmbeddedPostgres(folder / "postgres", throw_away=throw_away)
         await stack.enter_async_context(postgres)
@@ -157,11 +158,11 @@ async def scene(*, throw_away: bool, pin: bool = True) -> AsyncIterator[Scene]:
         yield made
 
 
-def _folder(stack: AsyncExitStack) -> Path:
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="satherd-bench-")))
-    # PostgreSQL may run as another user, who has to pass through.
-    folder.chmod(0o711)
-    return folder
+def passable(folder: str) -> Path:
+    """The folder, opened for PostgreSQL, which may run as another user and has to pass through."""
+    path = Path(folder)
+    path.chmod(0o711)
+    return path
 
 
 def _end_of(log_path: Path) -> str:

@@ -1,0 +1,99 @@
+"""Each bench runs in a tiny form and gives sane figures; how good they are is not a test's business."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from bench import claim, figures, idle_workers, l402_jobs, paid_jobs, streamed_tokens
+from bench.figures import Options, Report
+from bench.scene import Scene, scene
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage() -> AsyncIterator[Scene]:
+    async with scene(throw_away=True, pin=False) as made:
+        yield made
+
+
+# The scene is started once, and its clients belong to the loop it was started in.
+on_stage = pytest.mark.asyncio(loop_scope="module")
+
+
+@on_stage
+@pytest.mark.parametrize("tokens", [1, 5])
+async def test_paid_jobs_are_counted_and_the_books_balance(stage: Scene, tokens: int):
+    row = await paid_jobs.paid_jobs(stage, 4, tokens, seconds=1.0, warm_up_s=0.3)
+    assert row["jobs/s"] > 0 and row["router µs/job"] > 0 and row["PG µs/job"] > 0
+    assert tokens * 0.5 < row["tokens/s"] / row["jobs/s"] < tokens * 1.5
+    assert 0 < row["answer p50 ms"] <= row["answer p99 ms"]
+    assert await stage.books_in_order()
+
+
+@on_stage
+async def test_paced_tokens_come_at_their_pace_and_unpaced_ones_faster(stage: Scene):
+    paced = await streamed_tokens.streamed_tokens(stage, 4, 20, seconds=1.0, warm_up_s=0.5)
+    assert 0 < paced["tokens/s"] <= 4 * 20 * 1.5
+    assert 0 < paced["delay p50 ms"] <= paced["delay p99 ms"]
+    unpaced = await streamed_tokens.streamed_tokens(stage, 4, None, seconds=1.0, warm_up_s=0.5)
+    assert unpaced["tokens/s"] > paced["tokens/s"]
+    assert unpaced["delay p50 ms"] is None
+
+
+@on_stage
+async def test_l402_jobs_are_bought_one_after_the_other(stage: Scene):
+    row = await l402_jobs.l402_jobs(stage, 2, seconds=1.5, warm_up_s=0.5)
+    assert row["jobs/s"] > 0 and row["402 to answer p50 ms"] > 0
+    assert await stage.books_in_order()
+
+
+@on_stage
+async def test_idle_workers_take_memory(stage: Scene):
+    row = await idle_workers.idle_workers(stage, 20, rest_s=0.3)
+    assert row["workers"] == 20 and row["registered/s"] > 0
+    assert row["KiB each"] < 10_000
+
+
+async def test_claims_find_what_each_kind_of_worker_can_take(database_url: str):
+    connection = await asyncpg.connect(database_url)
+    try:
+        edges = await claim.fill(connection, 1_000)
+        waiting = await connection.fetchval("select count(*) from queue")
+        assert 900 <= waiting <= 1_000
+        rows = await claim.claim_costs(connection, 1_000, edges, samples=5)
+        assert [row["lanes"] for row in rows] == sorted(
+            (row["lanes"] for row in rows), reverse=True
+        )
+        assert all(row["heads p50"] > 0 and row["claim p50"] > 0 for row in rows)
+        left = await connection.fetchval("select count(*) from queue")
+        assert left == waiting - 3 * 5
+        places = await claim.place_costs(connection, 1_000, edges)
+        assert places["position of the last"] > 0 and places["price list"] > 0
+    finally:
+        await connection.close()
+
+
+def test_figures_can_be_read_by_people_and_programs(tmp_path: Path, capsys):
+    async def measure(options: Options) -> list[Report]:
+        return [Report("things", [{"n": 1_000, "share": 0.5, "of": None}], ["a note"])]
+
+    path = tmp_path / "figures.json"
+    assert figures.run(measure, "about", ["--quick", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1,000" in shown and "0.50" in shown and "a note" in shown
+    body = json.loads(path.read_text())
+    assert body["reports"][0]["rows"] == [{"n": 1_000, "share": 0.5, "of": None}]
+    assert body["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    "values, share, value",
+    [([], 0.5, None), ([3.0], 0.99, 3.0), ([3.0, 1.0, 2.0], 0.5, 2.0), ([1.0, 2.0], 0.99, 2.0)],
+)
+def test_a_percentile_is_one_of_the_values(values: list[float], share: float, value: float | None):
+    assert figures.percentile(values, share) == value
