@@ -4,47 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from client import L402, ApiKey, AsyncClient, Client, Patience, SimulatedWallet
-from client.errors import BadRequest, FeeOverLimit, NotAllowed, PaymentNeeded, Unavailable
-from client.events import Position, Reconnecting, Text
+from client.errors import (
+    BadRequest,
+    FeeOverLimit,
+    NotAllowed,
+    PaymentNeeded,
+    Unavailable,
+    Unreachable,
+)
+from client.events import Position
 from client.purchase import Terms, check_quote
-from tests.router_rig import MODEL, Rig, ScriptedWorker
+from tests.paying_clients import PATIENCE, PROMPT, keyed, paying, serving
+from tests.router_rig import MODEL, Rig
 
-PROMPT = "Say hello to the world, please."
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "pricing.json").read_text())
 KINDS = {"messages": "chat", "prompt": "completion", "input": "embedding"}
-PATIENCE = Patience(attempts=6, first_s=0.05, longest_s=0.5)
-
-
-def paying(router: Rig, **options: Any) -> AsyncClient:
-    """A client with a wallet of simulated money."""
-    wallet = SimulatedWallet(router.url)
-    return AsyncClient(router.url, wallet=wallet, patience=PATIENCE, **options)
-
-
-async def keyed(router: Rig, amount_msat: int = 1_000_000) -> AsyncClient:
-    return AsyncClient(router.url, key=await router.key(amount_msat), patience=PATIENCE)
-
-
-@asynccontextmanager
-async def serving(worker: ScriptedWorker, *texts: str) -> AsyncIterator[None]:
-    """A worker that answers the next jobs, one text each, while the block runs."""
-
-    async def serve() -> None:
-        for text in texts:
-            await worker.serve(text)
-
-    task = asyncio.create_task(serve())
-    yield
-    await asyncio.wait_for(task, 10)
 
 
 async def test_a_prompt_is_paid_by_lightning_and_settled(router: Rig):
@@ -96,6 +77,60 @@ async def test_a_key_is_topped_up_and_stays_the_key(router: Rig):
         assert (await client.balance()).balance_msat == 57_000
 
 
+async def test_any_door_is_paid_when_it_answers_402(router: Rig):
+    """The OpenAI door's challenge: pay once, repeat the same request with the credential."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8}
+    async with router.worker() as worker, paying(router) as client:
+        async with serving(worker, "Paid."):
+            answer = await client.request("POST", "/v1/chat/completions", body)
+        assert answer.json()["choices"][0]["message"]["content"] == "Paid."
+        with pytest.raises(FeeOverLimit):
+            await client.request("POST", "/v1/chat/completions", body, max_fee_msat=500)
+    assert len(await router.query("select 1 from invoices where settled_at is not null")) == 1
+
+
+async def test_a_wallet_that_hides_preimages_buys_with_the_claim_token(router: Rig):
+    def pay(bolt11: str, amount_msat: int) -> None:
+        SimulatedWallet(router.url)(bolt11, amount_msat)
+
+    async with (
+        router.worker() as worker,
+        AsyncClient(router.url, wallet=pay, patience=PATIENCE) as client,
+        serving(worker, "Hidden."),
+    ):
+        completion = await client.run(PROMPT, max_tokens=8)
+        balance = await client.balance(completion.credential)
+    assert completion.text == "Hidden."
+    assert balance.balance_msat == completion.purchase.paid_msat - completion.charged_msat
+
+
+async def test_embeddings_are_bought_like_a_prompt(router: Rig):
+    models = [{"id": "vectors", "kind": "embedding", "context_length": 512}]
+    async with router.worker(models=models) as worker, await keyed(router) as client:
+        task = asyncio.create_task(client.run(kind="embedding", input=["a", "b"]))
+        job = await worker.job()
+        await worker.finish(job, data=[[1.0, 0.0], [0.0, 1.0]], tokens=0)
+        completion = await task
+    result = completion.jobs[0].result
+    assert result is not None
+    assert [entry["embedding"] for entry in result["data"]] == [[1.0, 0.0], [0.0, 1.0]]
+
+
+async def test_a_stranger_sees_that_a_quote_is_paid_and_nothing_of_its_jobs(router: Rig):
+    async with router.worker() as worker, paying(router) as client:
+        purchase = await client.submit(PROMPT, max_tokens=8)
+        stranger = AsyncClient(router.url, key=await router.key(), patience=Patience(attempts=2))
+        async with stranger:
+            stolen = replace(purchase, credential=ApiKey(await router.key()))
+            with pytest.raises(Unreachable):
+                _ = [event async for event in stranger.resume(stolen)]
+            with pytest.raises(NotAllowed):
+                await stranger.cancel(purchase.jobs[0].id)
+        async with serving(worker, "Mine."):
+            job = await client.follow(purchase.jobs[0].id, purchase.credential)
+    assert job.text == "Mine."
+
+
 async def test_the_position_is_told_while_the_worker_is_busy(router: Rig):
     async with router.worker() as worker, await keyed(router) as client:
         first = asyncio.create_task(client.run(PROMPT, max_tokens=8))
@@ -112,72 +147,6 @@ async def test_the_position_is_told_while_the_worker_is_busy(router: Rig):
     assert (position.position, position.servable) == (1, True)
     assert [answer.text for answer in answers] == ["First.", "Second."]
     assert answers[1].purchase.quote.multiplier == "1.500"
-
-
-class CuttingTransport(httpx.AsyncBaseTransport):
-    """Breaks the event streams after so many bytes each, as a bad line would."""
-
-    def __init__(self, cuts: list[int]) -> None:
-        self._inner = httpx.AsyncHTTPTransport()
-        self._cuts = cuts
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        response = await self._inner.handle_async_request(request)
-        if request.url.path.endswith("/events") and self._cuts:
-            assert isinstance(response.stream, httpx.AsyncByteStream)
-            response.stream = _Cut(response.stream, self._cuts.pop(0))
-        return response
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-class _Cut(httpx.AsyncByteStream):
-    def __init__(self, stream: httpx.AsyncByteStream, left: int) -> None:
-        self._stream = stream
-        self._left = left
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for data in self._stream:
-            yield data[: self._left]
-            self._left -= len(data)
-            if self._left <= 0:
-                raise httpx.ReadError("the line was cut")
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-async def test_a_line_that_breaks_again_and_again_loses_and_repeats_nothing(router: Rig):
-    words = [f"w{number} " for number in range(40)]
-    transport = CuttingTransport([400, 700, 900, 1100])
-    async with router.worker() as worker, paying(router, transport=transport) as client:
-        stream = client.stream(PROMPT, max_tokens=100)
-
-        async def serve() -> None:
-            job = await worker.job()
-            for seq, word in enumerate(words):
-                await worker.say(job, word, seq=seq)
-                await asyncio.sleep(0.01)
-            await worker.finish(job, tokens=40)
-
-        task = asyncio.create_task(serve())
-        events = [event async for event in stream]
-        await task
-    assert sum(isinstance(event, Reconnecting) for event in events) == 4
-    assert "".join(event.text for event in events if isinstance(event, Text)) == "".join(words)
-    assert stream.completion.text == "".join(words)
-    assert len(await router.query("select 1 from jobs")) == 1
-
-
-async def test_a_worker_lost_before_its_first_word_costs_the_reader_nothing(router: Rig):
-    async with paying(router) as client:
-        async with router.worker() as lost:
-            task = asyncio.create_task(client.run(PROMPT, max_tokens=8))
-            await lost.job()
-        async with router.worker() as worker, serving(worker, "Here."):
-            completion = await asyncio.wait_for(task, 20)
-    assert completion.text == "Here."
 
 
 async def test_several_answers_are_told_apart(router: Rig):

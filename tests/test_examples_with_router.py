@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -52,17 +53,20 @@ async def served(router: Rig) -> AsyncIterator[list[dict[str, Any]]]:
         await asyncio.wait([task])
 
 
+def _environment(router: Rig) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if "SATHERD" not in name}
+    return kept | {"SATHERD_ROUTER_URL": router.url, "PYTHONPATH": str(ROOT)}
+
+
 async def run(
     router: Rig, *command: str, stdin: str = "", fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with this router's address in the environment."""
-    environment = {name: value for name, value in os.environ.items() if "SATHERD" not in name}
-    environment |= {"SATHERD_ROUTER_URL": router.url, "PYTHONPATH": str(ROOT)}
     done = await asyncio.to_thread(
         subprocess.run,
         command,
         input=stdin,
-        env=environment,
+        env=_environment(router),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -160,6 +164,33 @@ async def test_a_prompt_and_a_balance_at_the_command_line(router: Rig, tmp_path:
     change = json.loads((await cli(router, "balance", "show", "--key", f"@{kept}")).stdout)
     assert change["balance_msat"] > 0
     assert change["simulated"] is True
+
+
+async def test_ctrl_c_cancels_the_running_job_and_says_what_it_cost(router: Rig):
+    async with router.worker() as worker:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", SATHERD, "prompt", "Count to a million.", "--max-tokens", "500"),
+            env=_environment(router),
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        job = await worker.job()
+        await worker.say(job, "One ", tokens=1)
+        assert await asyncio.wait_for(process.stdout.readexactly(4), 10) == b"One "
+        process.send_signal(signal.SIGINT)
+        frame = await worker.receive()
+        assert (frame["type"], frame["job_id"]) == ("cancel", job["job_id"])
+        await worker.finish(job, "cancelled", tokens=1)
+        _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    [row] = await router.query("select state, charged_msat, held_msat from jobs")
+    assert process.returncode == 130
+    assert row["state"] == "cancelled"
+    assert 0 < row["charged_msat"] < row["held_msat"]
+    assert f"Cancelled; charged {row['charged_msat']} msat." in stderr.decode()
+    assert (await router.books()).in_order
 
 
 async def test_a_quote_and_an_invoice_paid_by_hand(router: Rig):
