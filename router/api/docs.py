@@ -1,0 +1,171 @@
+"""`/docs`: the documentation of the API as a page that needs nothing from outside.
+
+The page renders /openapi.json, to which this module adds what FastAPI cannot know: the table of
+error codes, how requests are paid, and a body to copy for each request that has one.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.openapi.utils import get_openapi
+
+from router.api.errors import STATUSES
+
+router = APIRouter(include_in_schema=False)
+
+_CHAT = {"messages": [{"role": "user", "content": "Tell me a story about a brave rabbit."}]}
+# (method, path) -> a body that is accepted as it stands; MODEL is one of `GET /v1/models`.
+EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("post", "/quotes"): {
+        "kind": "chat",
+        "model": "MODEL",
+        **_CHAT,
+        "max_tokens": 64,
+        "fee_multiplier": "1.25",
+    },
+    ("post", "/jobs"): {"kind": "chat", "model": "MODEL", **_CHAT, "max_tokens": 64},
+    ("post", "/jobs/{job_id}/bump"): {"fee_multiplier": "2"},
+    ("post", "/v1/chat/completions"): {
+        "model": "MODEL",
+        **_CHAT,
+        "max_tokens": 64,
+        "stream": True,
+    },
+    ("post", "/v1/completions"): {"model": "MODEL", "prompt": "Once upon a time", "max_tokens": 64},
+    ("post", "/v1/embeddings"): {"model": "MODEL", "input": ["a rabbit", "a hare"]},
+    ("post", "/balance/topups"): {"amount_msat": 100_000},
+    ("post", "/balance/keys"): {"label": "for the chatbot", "limit_msat": 50_000},
+    ("post", "/balance/withdrawals"): {"address": "you@wallet.example", "amount_msat": 50_000},
+    ("post", "/simulated/pay"): {"invoice": "lnbcrt…"},
+    ("put", "/admin/fees"): {"prompt_fee_msat": 1000, "output_msat_per_mtok": 600_000},
+    ("put", "/admin/fees/{model}"): {"output_msat_per_mtok": 900_000},
+    ("put", "/admin/settings"): {"commission_ppm": 40_000},
+}
+
+_SECURITY = {
+    "key": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A prepaid key, `sk-…`: see `POST /balance/topups`.",
+    },
+    "l402": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "Authorization",
+        "description": "`L402 TOKEN:PREIMAGE`: pay the invoice of a 402 answer, then repeat the"
+        " request with its `l402_token` and the preimage that the wallet learned.",
+    },
+    "claim": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-Claim-Token",
+        "description": "The `claim_token` that came with an invoice, for wallets that hide preimages.",
+    },
+}
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_FILES = {
+    "": ("docs.html", "text/html; charset=utf-8"),
+    "docs.js": ("docs.js", "text/javascript; charset=utf-8"),
+    "docs.css": ("docs.css", "text/css; charset=utf-8"),
+}
+
+
+@router.get("/docs")
+def page() -> Response:
+    """The page; its script and its style come from here too."""
+    return _file("")
+
+
+@router.get("/docs/docs.js")
+def script() -> Response:
+    return _file("docs.js")
+
+
+@router.get("/docs/docs.css")
+def style() -> Response:
+    return _file("docs.css")
+
+
+def _file(name: str) -> Response:
+    source, media_type = _FILES[name]
+    text = (files("router") / "web" / source).read_text("utf-8")
+    return Response(text, media_type=media_type, headers=_HEADERS)
+
+
+def describe(app: FastAPI) -> None:
+    """Let the application's OpenAPI document say how to pay and what can go wrong."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _completed(
+                get_openapi(
+                    title=app.title,
+                    version=app.version,
+                    description=app.description,
+                    routes=app.routes,
+                )
+            )
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def _completed(document: dict[str, Any]) -> dict[str, Any]:
+    document["x-error-codes"] = [
+        {"code": code, "status": status, "meaning": meaning}
+        for code, (status, meaning) in STATUSES.items()
+    ]
+    parts = document.setdefault("components", {})
+    parts["securitySchemes"] = _SECURITY
+    parts.setdefault("schemas", {})["Problem"] = _problem_schema()
+    parts["responses"] = {
+        "Problem": {
+            "description": "Something went wrong; `code` says what. The doors of other dialects"
+            " render the same codes in their own shape.",
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+    }
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            # Nothing here is checked by FastAPI, so its own error never comes.
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = {"$ref": "#/components/responses/Problem"}
+            example = EXAMPLES.get((method, path))
+            if example is not None:
+                operation["requestBody"] = {
+                    "content": {
+                        "application/json": {"schema": {"type": "object"}, "example": example}
+                    }
+                }
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts["schemas"].pop(name, None)
+    return document
+
+
+def _problem_schema() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["code", "message"],
+                "properties": {
+                    "code": {"type": "string", "enum": list(STATUSES)},
+                    "message": {"type": "string", "description": "For people; it may change."},
+                },
+                "additionalProperties": True,
+                "description": "Beside code and message stand the facts of the case.",
+            }
+        },
+    }
