@@ -32,6 +32,8 @@ class RouterServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
+                # Entered by ourselves: uvicorn logs what goes wrong in it, and ends the process.
+                lifespan="off",
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 ws_max_size=MAX_FRAME_BYTES,
@@ -44,27 +46,38 @@ class RouterServer:
                 server_header=False,
             )
         )
+        self._lifespan = app.router.lifespan_context(app)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Return once requests are answered. Raises what the application's start raises."""
+        try:
+            await self._lifespan.__aenter__()
+        except BaseException:
+            self._socket.close()
+            raise
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         started = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait({self._task, started}, return_when=asyncio.FIRST_COMPLETED)
         started.cancel()
         if self._task.done():
-            await self._task
+            await self.stop()
             raise RuntimeError("the router did not start; its log says why")
 
     async def stop(self) -> None:
-        """Answer what is under way, then stop the application."""
-        if self._task is not None:
+        """Answer what is under way, then stop the application. Twice is harmless."""
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        try:
             # Before uvicorn closes sockets, of which the workers' are some.
             drain = getattr(self.app.state, "drain", None)
             if drain is not None:
                 await drain()
             self._server.should_exit = True
-            await self._task
+            await task
+        finally:
+            await self._lifespan.__aexit__(None, None, None)
 
 
 class _Server(uvicorn.Server):
