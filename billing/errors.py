@@ -7,6 +7,7 @@ BillingError
 ├── BadLightningAddress    an `ln_url` that cannot be used, with one of a few fixed codes
 ├── BadInvoice             a BOLT11 invoice that we refuse to pay or to show
 ├── BadAmount              an amount outside what is allowed
+├── OutsideHttpError       a stranger's server gave no usable answer (see `billing.outside_http`)
 └── BackendError           the Lightning node (see `billing.lightning`)
 """
 
