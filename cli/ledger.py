@@ -1,0 +1,131 @@
+"""`satherd ledger check`: proves the books from the database alone, whether or not a router runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import asyncpg
+import typer
+
+from billing.trial_balance import TrialBalance, trial_balance
+from cli.admin_access import fail, screen, table
+from cli.router_location import data_dir
+from router.embedded_postgres import EmbeddedPostgresError, reach
+
+root = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, help="The books of a router.")
+root.add_typer(app, name="ledger")
+
+CONNECT_S = 15
+
+
+@root.callback()
+def _satherd() -> None:
+    """Satherd's operator commands."""
+
+
+@app.callback()
+def _ledger() -> None:
+    """The books of a router, read from its database."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run it; the exit status of a failure comes as SystemExit."""
+    root(args=list(arguments), prog_name="satherd")
+    return 0
+
+
+@app.command()
+def check(
+    directory: Annotated[
+        Path | None,
+        typer.Option("--data-dir", help="Whose embedded database; else SATHERD_DATA_DIR."),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SATHERD_DATABASE_URL", show_envvar=True, help="A PostgreSQL of your own."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Sum all transfers, and compare each stored balance with its own.
+
+    Exit status 0: the books are in order. 1: they are not, and it says what is wrong. 2: they could
+    not be read.
+    """
+    # A data directory that is named outranks a variable that is set for other commands.
+    url = None if directory is not None else database_url
+    try:
+        books = asyncio.run(_read(url, data_dir(directory) / "postgres"))
+    except EmbeddedPostgresError as error:
+        raise fail(str(error), 2) from error
+    except asyncpg.UndefinedTableError as error:
+        raise fail("this database holds no books: has a router ever used it?", 2) from error
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+        raise fail(f"the database cannot be read: {error}", 2) from error
+    _show_json(books) if as_json else _show(books)
+    if not books.in_order:
+        for problem in _problems(books):
+            print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+async def _read(database_url: str | None, folder: Path) -> TrialBalance:
+    async with _where(database_url, folder) as url:
+        connection = await asyncpg.connect(url, timeout=CONNECT_S)
+        try:
+            # One snapshot: transfers that are posted meanwhile are wholly in it, or not at all.
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                return await trial_balance(connection)
+        finally:
+            await connection.close()
+
+
+@asynccontextmanager
+async def _where(database_url: str | None, folder: Path) -> AsyncIterator[str]:
+    if database_url is not None:
+        yield database_url
+    else:
+        async with reach(folder) as url:
+            yield url
+
+
+def _problems(books: TrialBalance) -> list[str]:
+    if books.sum_msat == 0:
+        return books.problems
+    return [f"debits and credits differ by {books.sum_msat} msat", *books.problems]
+
+
+def _show(books: TrialBalance) -> None:
+    rows = [
+        (name, value if value > 0 else None, -value if value < 0 else None)
+        for name, value in books.lines.items()
+        if value
+    ]
+    debits = sum(value for value in books.lines.values() if value > 0)
+    credits = -sum(value for value in books.lines.values() if value < 0)
+    console = screen()
+    console.print(table(None, ("account", "debit msat", "credit msat"), rows))
+    console.print(f"\ndebits {debits} msat, credits {credits} msat, difference {books.sum_msat}")
+    if books.in_order:
+        console.print("[green]The books are in order.[/green]")
+
+
+def _show_json(books: TrialBalance) -> None:
+    typer.echo(
+        json.dumps(
+            {
+                "in_order": books.in_order,
+                "sum_msat": books.sum_msat,
+                "lines": books.lines,
+                "problems": _problems(books),
+            }
+        )
+    )
