@@ -36,6 +36,8 @@ from worker.protocol import FinishReason, Kind, Usage
 
 log = logging.getLogger(__name__)
 
+SETTLE_S = 15.0
+
 
 @dataclass(slots=True, eq=False)
 class RunningAttempt:
@@ -113,7 +115,9 @@ class Attempts:
         self, running: RunningAttempt, text: str, delta: dict[str, Any] | None, tokens: int | None
     ) -> None:
         """Output of a worker; it goes to the readers at once."""
-        running.progress_at = time.monotonic()
+        if text or delta or tokens:
+            # Frames that say nothing do not keep a job alive.
+            running.progress_at = time.monotonic()
         running.chunks += 1
         if tokens is None:
             running.counted = False
@@ -206,7 +210,9 @@ class Attempts:
         elif retry and claimed.attempt < self._max_attempts:
             await self._give_back(running, outcome, blame, error)
         else:
-            reason = outcome if blame == "job" else "attempts_exhausted"
+            last = claimed.attempt >= self._max_attempts
+            failed = "attempts_exhausted" if last else "worker_failed"
+            reason = outcome if blame == "job" else failed
             await self._end_running(
                 running, Event.FAIL, reason, NOTHING, None, outcome, blame, error
             )
@@ -261,6 +267,7 @@ class Attempts:
             tokens=running.worker_tokens,
             had_chunks=running.stream.kept > 0,
         )
+        running.stream.ending_since = time.monotonic()
         await self.end(ending, running, answer)
 
     async def _give_back(
@@ -325,10 +332,16 @@ class Attempts:
             if not stream.readers:
                 self._hub.drop(job_id)
 
-    async def settle_all(self) -> None:
-        """Wait until all endings under way are written."""
-        while self._endings:
-            await asyncio.wait(set(self._endings))
+    def tell_unpaid(self, job_id: str) -> None:
+        """Tell the readers of a job that its quote was not paid in time; the caller has committed."""
+        self.tell_ended(job_id, Outcome(State.EXPIRED, "quote_expired", 0, 0))
+
+    async def settle_all(self, *, timeout_s: float = SETTLE_S) -> None:
+        """Wait until all endings under way are written, but not for ever for a database: what is not
+        written is lost with this process, and taken back at the next start."""
+        until = time.monotonic() + timeout_s
+        while self._endings and (left_s := until - time.monotonic()) > 0:
+            await asyncio.wait(set(self._endings), timeout=left_s)
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

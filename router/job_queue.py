@@ -58,7 +58,8 @@ async def add(connection: Any, rows: Sequence[tuple[str, str, int, int]]) -> Non
     """Put jobs in lanes: (job id, lane, multiplier in thousandths, seq)."""
     if not rows:
         return
-    await connection.execute(_ADD, *(list(column) for column in zip(*rows, strict=True)))
+    if rows:
+        await connection.execute(_ADD, *(list(column) for column in zip(*rows, strict=True)))
 
 
 async def remove(connection: Any, job_ids: Sequence[str]) -> None:

@@ -232,7 +232,7 @@ where a.job_id = t.job_id and a.n = t.n and a.ended_at is null"""
 
 _GIVE_BACK = """
 update jobs j set state = $3, worker_id = null, lease_ends_at = null, started_at = null,
-    first_token_at = null
+    first_token_at = null, shown = false
 from unnest($1::text[], $2::int[]) t(id, attempt)
 where j.id = t.id and j.attempt = t.attempt and j.state = any($4::text[])
 returning j.id, j.multiplier_milli, j.seq"""
@@ -466,6 +466,24 @@ async def end_many(
         await _clear(connection, happened)
         await ledger.post(connection, [t for row, now in happened for t in _settle(row, now)])
     return [None if now is None else _ended(row, now) for row, now in done]
+
+
+async def expire_unpaid(
+    connection: Any, quote_ids: Sequence[str], *, wipe_after_s: float
+) -> list[str]:
+    """End the jobs of quotes that will not be started any more; returns their ids.
+
+    In the transaction that closes the quotes: nobody would look for these jobs again.
+    """
+    jobs = await connection.fetch(
+        "select id from jobs where quote_id = any($1::text[]) and state = $2 for update",
+        list(quote_ids),
+        State.AWAITING_PAYMENT.value,
+    )
+    endings = [Ending(job["id"], Event.EXPIRE, "quote_expired") for job in jobs]
+    if endings:
+        await end_many(connection, endings, wipe_after_s=wipe_after_s)
+    return [ending.job_id for ending in endings]
 
 
 def _ended(row: Ending, now: Any) -> Ended:

@@ -43,6 +43,7 @@ class JobStream:
         "_waiting",
         "attempt",
         "deltas",
+        "ending_since",
         "job_id",
         "kept",
         "length",
@@ -50,6 +51,7 @@ class JobStream:
         "pieces",
         "readers",
         "shown",
+        "shown_kept",
         "state",
         "utf8_bytes",
         "version",
@@ -66,6 +68,8 @@ class JobStream:
         self.kept = 0  # how many pieces are in the database
         self.readers = 0
         self.shown = False  # whether anybody has been given output of this attempt
+        self.shown_kept = False  # the same, as the database has it
+        self.ending_since: float | None = None  # since when its ending waits for the database
         self.outcome: Outcome | None = None  # set once the job's ending is committed
         self.version = 0  # grows with every change of state
         self._waiting: list[asyncio.Future[None]] = []
@@ -76,7 +80,8 @@ class JobStream:
         self.attempt = attempt
         self.pieces = []
         self.length = self.utf8_bytes = self.deltas = self.kept = 0
-        self.shown = False
+        self.shown = self.shown_kept = False
+        self.ending_since = None
         self.version += 1
         self.wake()
 
@@ -86,6 +91,7 @@ class JobStream:
             self.pieces.append(Piece(self.length, "", delta))
             self.length += 1
             self.deltas += 1
+            self.utf8_bytes += delta_bytes(delta)
         if text:
             self.pieces.append(Piece(self.length, text, None))
             self.length += len(text)
@@ -98,6 +104,16 @@ class JobStream:
         self.outcome = outcome
         self.version += 1
         self.wake()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the database does not have it all."""
+        return self.kept < len(self.pieces) or self.shown_kept != self.shown
+
+    def keep(self, attempt: int, pieces: int, *, shown: bool) -> None:
+        """So much of an attempt has been stored; nothing changes if it is not the present one."""
+        if attempt == self.attempt and pieces <= len(self.pieces):
+            self.kept, self.shown_kept = pieces, shown
 
     def wake(self) -> None:
         for future in self._waiting:
@@ -159,6 +175,18 @@ class StreamHub:
                 if stream.outcome and not stream.readers:
                     self.drop(stream.job_id)
                 stream.wake()
+
+
+_NOT_SAID = frozenset({"id", "type", "role"})
+
+
+def delta_bytes(value: Any, name: str = "") -> int:
+    """UTF-8 bytes of what a model has said in a delta: names and arguments of calls, any text."""
+    if isinstance(value, str):
+        return 0 if name in _NOT_SAID else len(value.encode())
+    if isinstance(value, dict):
+        return sum(delta_bytes(inner, key) for key, inner in value.items())
+    return sum(map(delta_bytes, value)) if isinstance(value, list) else 0
 
 
 def place(seq: int | None) -> tuple[int, int]:

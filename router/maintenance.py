@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from router import charging, job_queue, workers
+from router import charging, job_queue, job_store, kept_chunks, workers
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
 from router.database import Database, DatabaseUnavailable
@@ -37,6 +37,8 @@ KEEP_S = 0.5
 IDEMPOTENCY_KEPT = timedelta(hours=24)
 # A quote expires a little later here than for its payer, so that a payment in the last second wins.
 EXPIRY_GRACE = timedelta(seconds=30)
+# How long after its start a job of ours must be known here, if it was really sent to a worker.
+UNSENT_S = 10
 _BATCH = 200
 
 
@@ -100,39 +102,7 @@ class Maintenance:
 
     async def keep_chunks(self) -> None:
         """Store what running jobs have said since the last time, for readers that come later."""
-        rows = []
-        for running in list(self._attempts.running.values()):
-            stream = running.stream
-            new = stream.pieces[stream.kept :]
-            if not new or running.settled:
-                continue
-            text = "".join(piece.text for piece in new)
-            rows.append((stream, len(stream.pieces), new[0].start, text, running))
-        if not rows:
-            return
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "insert into job_chunks (job_id, n, start, text, tokens)"
-                " select * from unnest($1::text[], $2::int[], $3::bigint[], $4::text[], $5::bigint[])"
-                " on conflict do nothing",
-                [row[0].job_id for row in rows],
-                [row[0].attempt for row in rows],
-                [row[2] for row in rows],
-                [row[3] for row in rows],
-                [row[4].worker_tokens for row in rows],
-            )
-            await connection.execute(
-                "update jobs j set shown = t.shown, first_token_at = t.first_token_at"
-                " from unnest($1::text[], $2::int[], $3::bool[], $4::timestamptz[])"
-                " t(id, attempt, shown, first_token_at)"
-                " where j.id = t.id and j.attempt = t.attempt and j.state = 'running'",
-                [row[0].job_id for row in rows],
-                [row[0].attempt for row in rows],
-                [row[0].shown for row in rows],
-                [row[4].first_token_at for row in rows],
-            )
-        for stream, kept, *_ in rows:
-            stream.kept = kept
+        await kept_chunks.keep(self._database, list(self._attempts.running.values()))
 
     async def renew_leases(self) -> None:
         """Say that what runs here is still alive."""
@@ -149,7 +119,10 @@ class Maintenance:
 
     async def take_back_own(self) -> int:
         """At the start: whatever this router had running before it died is lost."""
-        return await self._take_back("router_id = $1", self._router_id)
+        total = 0
+        while lost := await self._take_back("router_id = $1", self._router_id):
+            total += lost
+        return total
 
     async def cancel_abandoned(self) -> int:
         """At the start: waiting jobs whose clients hung on a connection to this router before."""
@@ -164,17 +137,28 @@ class Maintenance:
         return len(rows)
 
     async def take_back_lost(self) -> int:
-        """Jobs of any router whose lease has run out."""
-        return await self._take_back("lease_ends_at < $1", self._clock())
+        """Jobs of any router whose lease has run out, and jobs of ours that nobody runs.
+
+        A claim whose commit we did not hear of, because the database went away in that moment, was
+        never sent to its worker.
+        """
+        unsent = await self._take_back(
+            f"started_at < now() - interval '{UNSENT_S} seconds' and router_id = $1",
+            self._router_id,
+        )
+        return unsent + await self._take_back("lease_ends_at < $1", self._clock())
 
     async def _take_back(self, condition: str, value: Any) -> int:
         async with self._database.connection() as connection:
             rows = await connection.fetch(
-                f"select * from jobs where state = 'running' and {condition} limit {_BATCH}", value
+                f"select * from jobs where state = 'running' and {condition}"
+                f" and id <> all($2::text[]) limit {_BATCH}",
+                value,
+                list(self._attempts.running),
             )
+        # What has begun while we looked is not lost.
         lost = [row for row in rows if row["id"] not in self._attempts.running]
-        for row in lost:
-            await self._lost(row)
+        await asyncio.gather(*(self._lost(row) for row in lost))
         return len(lost)
 
     async def _lost(self, row: Any) -> None:
@@ -242,20 +226,21 @@ class Maintenance:
     async def expire_quotes(self) -> None:
         """Close quotes that were not paid in time, and delete what they asked."""
         async with self._database.transaction() as connection:
+            # The outer guard counts: one that is paid while we wait for its row is not expired.
             quotes = await connection.fetch(
-                "update quotes set state = 'expired', request = null where id in"
+                "update quotes set state = 'expired', request = null where state = 'open' and id in"
                 " (select id from quotes where state = 'open' and expires_at < $1 limit $2)"
                 " returning id",
                 self._clock() - EXPIRY_GRACE,
                 _BATCH,
             )
-            jobs = await connection.fetch(
-                "select id from jobs where quote_id = any($1::text[]) and state = $2",
+            jobs = await job_store.expire_unpaid(
+                connection,
                 [quote["id"] for quote in quotes],
-                State.AWAITING_PAYMENT.value,
+                wipe_after_s=self._settings.wipe_after_s,
             )
-        for job in jobs:
-            await self._attempts.end(Ending(job["id"], Event.EXPIRE, "quote_expired"))
+        for job_id in jobs:
+            self._attempts.tell_unpaid(job_id)
 
     async def keep_records(self) -> None:
         """Write what was observed of the workers connected here."""
@@ -319,7 +304,8 @@ class Maintenance:
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 "update jobs set spec = null, result = null, wiped = true, wipe_at = null"
-                " where id in (select id from jobs where wipe_at < $1 limit $2) returning id",
+                " where wipe_at < $1 and id in"
+                " (select id from jobs where wipe_at < $1 limit $2) returning id",
                 self._clock(),
                 _BATCH * 5,
             )

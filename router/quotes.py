@@ -443,6 +443,9 @@ class Quotes:
             " where id = $1 and state in ('open', 'expired')",
             quote_id,
         )
+        await job_store.expire_unpaid(
+            connection, [quote_id], wipe_after_s=self._settings.wipe_after_s
+        )
 
 
 def _as_json(spec: JobSpec) -> str:
