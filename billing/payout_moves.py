@@ -8,6 +8,10 @@ names the state that it starts from; when the row is in another, somebody else w
               expenses:routing_fees  -> assets:lightning   fee, if a worker's
               payouts_sending        -> owner              what is left of the fee cap
     failed    payouts_sending        -> owner              all of it
+    paid after all, of a payout that failed:
+              owner                  -> assets:lightning   amount, as far as it still holds it
+              expenses:goodwill      -> assets:lightning   the rest of the amount
+              expenses:routing_fees  -> assets:lightning   fee
 
 The transfers are named by the payout, so each of them can be posted once only.
 """
@@ -323,6 +327,47 @@ async def fail(
     await ledger.post(
         connection,
         [Transfer(ledger.SENDING, payout.account, payout.held_msat, "payout_failed", payout.id)],
+    )
+
+
+async def correct(
+    connection: Any, payout: Payout, attempt_id: str, *, preimage: str, fee_msat: int
+) -> None:
+    """A payout that was counted as failed has been paid: put the books right by other transfers.
+
+    What it gave back to its owner is taken again; what the owner has spent since is the router's
+    loss. The one move that is in no table: it must not happen, and its alert stays.
+    """
+    for table, row_id, to in (
+        ("payouts", payout.id, PayoutState.PAID),
+        ("payout_attempts", attempt_id, AttemptState.SUCCEEDED),
+    ):
+        moved = await connection.fetchval(
+            f"update {table} set state = $2, fee_msat = $3 where id = $1 and state = 'failed'"
+            " returning 1",
+            row_id,
+            to,
+            fee_msat,
+        )
+        if moved is None:
+            raise Moved
+    held = await ledger.lock_balances(connection, [payout.account])
+    taken_msat = min(payout.amount_msat, held.get(payout.account, 0))
+    lost_msat = payout.amount_msat - taken_msat
+    code = "paid_after_all"
+    await ledger.post(
+        connection,
+        [
+            Transfer(payout.account, ledger.LIGHTNING, taken_msat, code, payout.id),
+            Transfer(ledger.GOODWILL, ledger.LIGHTNING, lost_msat, f"{code}_lost", payout.id),
+            Transfer(ledger.ROUTING_FEES, ledger.LIGHTNING, fee_msat, f"{code}_fee", payout.id),
+        ],
+    )
+    await connection.execute(
+        "update payout_attempts set preimage = $2, alert = $3 where id = $1",
+        attempt_id,
+        preimage,
+        Alert.PAID_AFTER_ALL,
     )
 
 

@@ -18,6 +18,7 @@ from billing.payout_context import PayoutContext, monotonic_s
 from billing.payout_control import is_paused
 from billing.payout_moves import Attempt, Payout
 from billing.payout_resolving import PayoutResolver
+from billing.payout_second_look import failures_stand
 from billing.payout_states import OPEN_PAYOUT, SUBMIT_NEEDS, AttemptState
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class PayoutSender:
         """Whether to go on at once."""
         context = self._context
         assert attempt.expires_at is not None
+        if not await failures_stand(context, payout, attempt):
+            return False
         balance = await context.backend.balance()
         started_s = monotonic_s()
         async with context.move() as connection:

@@ -74,6 +74,7 @@ class Alert(StrEnum):
     NODE_CHANGED = "node_changed"  # another node answers than the one that was asked to pay
     NODE_FORGOT = "node_forgot"  # it has lost records, so that "not found" means nothing
     MAYBE_PAID = "maybe_paid"  # the payee refuses a second HTLC: it may have taken the first
+    PAID_AFTER_ALL = "paid_after_all"  # counted as failed, and paid: the node contradicts itself
 
 
 # The payee's refusal of an HTLC, which it gives for an invoice that has been paid as well.

@@ -5,7 +5,8 @@
     payout_moves    each move with its transfers, in one transaction
     payout_planning who is due, for how much
     payout_sending  an invoice for a payout, and the request to pay it
-    payout_resolving  what became of that request
+    payout_resolving    what became of that request
+    payout_second_look  before the next one: is what failed still failed?
     payout_lease    one process at a time
     payout_control  pause, resume, retry, an operator's decision
     payout_records  what doors, pages and metrics read

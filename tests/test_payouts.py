@@ -9,8 +9,14 @@ from dataclasses import replace
 import pytest
 
 from billing import ledger, payees, payout_control
-from billing.ledger import LIGHTNING, ROUTING_FEES
-from billing.lightning import BackendAuthError, BackendUnavailable, NodeInfo
+from billing.ledger import LIGHTNING, ROUTING_FEES, Transfer
+from billing.lightning import (
+    BackendAuthError,
+    BackendUnavailable,
+    NodeInfo,
+    PaymentState,
+    PaymentStatus,
+)
 from billing.lightning.simulated.faults import Fault, FaultKind
 from billing.lightning.simulated.payments import routing_fee_msat
 from billing.lightning.simulated.wallets import ROUTER
@@ -607,3 +613,69 @@ async def test_sums_and_metrics_say_what_is_paid_on_its_way_and_pending(world: W
     assert nobody.earned_msat == 0
     assert (waiting.count, waiting.amount_msat, waiting.alerts) == (1, 2_000_000, {})
     assert waiting.oldest_age_s == pytest.approx(90, abs=0.01)
+
+
+async def test_a_node_that_takes_a_failure_back_pays_nobody_twice(world: World):
+    """Family 6: FAILED, then SUCCEEDED for the same hash. It says so before the next one is sent."""
+    await world.worker("w1")
+    process = world.process()
+
+    async def lies(operation: str, call):
+        answer = await call()
+        if operation == "pay_invoice":
+            return PaymentStatus(answer.payment_hash, PaymentState.FAILED, failure_code="no_route")
+        return answer
+
+    process.backend.answer = lies
+    await process.runner.run_once()
+    assert (await world.payout_of("w1")).state is PayoutState.FAILED
+    assert await world.balance_msat(ledger.worker("w1")) == 2_000_000
+    process.backend.answer = None
+    await world.earn("w1", 500_000)
+    await world.pass_time(61)
+    await process.runner.run_once()
+    assert process.backend.pays == 1
+    assert await received_msat(world, "w1") == 2_000_000
+    assert await world.balance_msat(ledger.worker("w1")) == 500_000
+    again, first = await world.payouts()
+    assert (again.state, again.error_code) == (PayoutState.FAILED, "paid_before")
+    assert (first.state, first.alert) == (PayoutState.PAID, Alert.PAID_AFTER_ALL)
+    assert first.preimage is not None
+    async with world.database.transaction() as connection:
+        assert (await payout_control.control_state(connection)).paused_why is not None
+        await payout_control.resume(connection)
+    await world.check_node()
+    await world.earn("w1", 500_000)
+    await world.pass_time(61)
+    await process.runner.run_once()
+    assert await received_msat(world, "w1") == 3_000_000, "and then it goes on"
+
+
+async def test_what_an_owner_has_spent_of_a_payment_that_failed_and_was_made_is_the_routers_loss(
+    world: World,
+):
+    await world.deposit("alice", 1_000_000)
+    process = world.process()
+
+    async def lies(operation: str, call):
+        answer = await call()
+        if operation == "pay_invoice":
+            return PaymentStatus(answer.payment_hash, PaymentState.FAILED, failure_code="no_route")
+        return answer
+
+    process.backend.answer = lies
+    bolt11 = await world.invoice("purse", 900_000)
+    await process.withdrawals.by_invoice("alice", bolt11)
+    await process.runner.run_once()
+    async with world.database.transaction() as connection:
+        await ledger.post(
+            connection,
+            [Transfer(ledger.client("alice"), ledger.ROUTER_FEES, 700_000, "spent", "job")],
+        )
+    process.backend.answer = None
+    await process.withdrawals.by_invoice("alice", await world.invoice("purse", 200_000))
+    await process.runner.run_once()
+    assert await received_msat(world, "purse") == 900_000
+    assert await world.balance_msat(ledger.client("alice")) == 0
+    assert await world.balance_msat(ledger.GOODWILL) == 600_000
+    await world.check_node()
