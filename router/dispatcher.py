@@ -27,14 +27,19 @@ SPARE_HEADS = 16
 def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:
     """Who gets which job, in the order of the queue. Pure.
 
-    A worker that had the job before gets it again only when nobody else could.
+    A worker that had the job before gets it again only when nobody else could, and not while it
+    still holds the attempt that was taken from it.
     """
     free = {worker.id: worker.free_slots for worker in fleet.idle()}
     pairs = []
     for candidate in candidates:
         able = fleet.draining_lane(candidate.lane)
         fresh = [worker for worker in able if worker.id not in candidate.tried_by]
-        idle = [worker for worker in fresh or able if free.get(worker.id, 0) > 0]
+        idle = [
+            worker
+            for worker in fresh or able
+            if free.get(worker.id, 0) > 0 and candidate.job_id not in worker.busy
+        ]
         if idle:
             model = candidate.lane.split("/", 3)[3]
             best = max(idle, key=lambda worker: worker.merit(model))

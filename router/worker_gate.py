@@ -187,7 +187,7 @@ class WorkerGate:
     async def close_all(self) -> None:
         """End all sessions; what their workers still hold is given back or settled."""
         for session in list(self.sessions.values()):
-            session.cut("the router is shutting down")
+            session.cut("the router is shutting down", blame="router")
         await self._attempts.settle_all()
 
     def _idle(self) -> None:

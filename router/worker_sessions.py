@@ -19,6 +19,7 @@ from router.attempts import Attempts, RunningAttempt
 from router.job_store import Claimed
 from router.workers import Worker
 from worker.protocol import (
+    MOST_TOKENS,
     WORKER_FRAME,
     Cancel,
     Chunk,
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 # A worker may say this much more than max_tokens would suggest before it is taken for broken.
 _BYTES_PER_TOKEN = 64
 _BYTES_SPARE = 65_536
+_TOKENS_SPARE = 1024
 # How long a worker may hold on to a job that it was told to stop.
 STOP_GRACE_S = 30.0
 _MOST_UNSENT = 10_000
@@ -115,9 +117,6 @@ class WorkerSession:
             claimed, self.worker, lambda: self._stop(claimed.job_id, claimed.attempt)
         )
         self._held[claimed.job_id] = running
-        # An earlier attempt at the same job may still be stopping here: its end is not awaited any
-        # more, as its frames are none of this attempt's.
-        self._stopping.pop(claimed.job_id, None)
         # The spec is JSON already: it goes out as it was stored.
         self.send(
             f'{{"type":"assign","job_id":"{claimed.job_id}","attempt":{claimed.attempt},'
@@ -150,7 +149,8 @@ class WorkerSession:
         try:
             frame = WORKER_FRAME.validate_python(raw)
         except ValidationError as error:
-            raise ProtocolViolation(f"a frame of type {raw.get('type')!r} is malformed") from error
+            named = str(raw.get("type"))[:20]
+            raise ProtocolViolation(f"a frame of type {named!r} is malformed") from error
         match frame:
             case Chunk():
                 self._chunk(
@@ -194,9 +194,12 @@ class WorkerSession:
                 self._fail(running, "chunks_missing", f"chunk {seq} came as {running.chunks}")
             return
         self._attempts.said(running, text, delta, tokens)
-        most = running.claimed.max_tokens * _BYTES_PER_TOKEN + _BYTES_SPARE
-        if running.stream.utf8_bytes > most:
-            self._fail(running, "too_much_output", f"more than {most} bytes")
+        most = running.claimed.max_tokens
+        most_bytes = most * _BYTES_PER_TOKEN + _BYTES_SPARE
+        if running.stream.utf8_bytes > most_bytes or (delta and _size(delta) > _BYTES_SPARE):
+            self._fail(running, "too_much_output", f"more than {most_bytes} bytes")
+        elif max(running.worker_tokens, running.stream.deltas) > most + _TOKENS_SPARE:
+            self._fail(running, "too_much_output", f"more than {most} tokens")
 
     def _fail(self, running: RunningAttempt, outcome: str, error: str) -> None:
         self._attempts.fail(running, outcome=outcome, blame="worker", error=error)
@@ -207,9 +210,9 @@ class WorkerSession:
         if running is None or running.settled:
             return
         spec_inputs = _inputs(running.claimed)
-        if spec_inputs is not None and len(frame.data or ()) != spec_inputs:
+        if spec_inputs is not None and not _are_vectors(frame.data, spec_inputs):
             self._attempts.fail(
-                running, outcome="bad_answer", blame="worker", error="wrong number of vectors"
+                running, outcome="bad_answer", blame="worker", error="not a vector for each input"
             )
         elif frame.finish_reason is FinishReason.CANCELLED:
             self._attempts.fail(
@@ -250,23 +253,27 @@ class WorkerSession:
         if any(now - since > STOP_GRACE_S for since in self._stopping.values()):
             self.cut("does not stop jobs when told")
 
-    def cut(self, reason: str) -> None:
+    def cut(self, reason: str, *, blame: str = "worker") -> None:
         """Close the connection from our side; what follows is in `end`."""
         if not self.closed:
             log.warning("worker cut off worker=%s: %s", self.worker.id, reason)
-            self.end("cut")
+            self.end("cut", blame=blame, error=reason)
             self._closing = asyncio.create_task(self._connection.close(1008, reason))
 
-    def end(self, outcome: str = "worker_lost") -> None:
+    def end(
+        self,
+        outcome: str = "worker_lost",
+        *,
+        blame: str = "worker",
+        error: str = "the connection was lost",
+    ) -> None:
         """The connection is gone: give back or settle what the worker held. Twice is harmless."""
         self.closed = True
         if self._sender:
             self._sender.cancel()
         held, self._held = self._held, {}
         for running in held.values():
-            self._attempts.fail(
-                running, outcome=outcome, blame="worker", error="the connection was lost"
-            )
+            self._attempts.fail(running, outcome=outcome, blame=blame, error=error)
         self.worker.busy.clear()
 
 
@@ -287,7 +294,7 @@ def _items(raw: dict[str, Any]) -> list[tuple[str, int, int, str, int | None]]:
             or not isinstance(item[1], int)
             or not isinstance(item[2], int)
             or not isinstance(item[3], str)
-            or not (item[4] is None or (isinstance(item[4], int) and item[4] >= 0))
+            or not (item[4] is None or (isinstance(item[4], int) and 0 <= item[4] <= MOST_TOKENS))
         ):
             raise ProtocolViolation("a malformed chunk")
     return items
@@ -296,3 +303,13 @@ def _items(raw: dict[str, Any]) -> list[tuple[str, int, int, str, int | None]]:
 def _inputs(claimed: Claimed) -> int | None:
     """How many vectors an embedding job must bring; None for other kinds."""
     return len(orjson.loads(claimed.spec)["input"]) if claimed.kind == "embedding" else None
+
+
+def _are_vectors(data: list[list[float]] | None, count: int) -> bool:
+    """Whether an answer has a vector for each input, all of one length."""
+    lengths = {len(vector) for vector in data or ()}
+    return len(data or ()) == count and len(lengths) == 1 and 0 not in lengths
+
+
+def _size(delta: dict[str, Any]) -> int:
+    return len(orjson.dumps(delta))

@@ -19,7 +19,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, field_validator
 
 PROTOCOL = "satherd/1"
 
@@ -212,11 +212,15 @@ ROUTER_FRAME: TypeAdapter[RouterFrame] = TypeAdapter(RouterFrame)
 # --- worker -> router ---------------------------------------------------------------------------
 
 
+# More than any answer has; it keeps what a worker says within the columns of a database.
+MOST_TOKENS = 1_000_000_000
+
+
 class Usage(BaseModel):
     """Token counts by the model's own tokenizer."""
 
-    prompt_tokens: int = Field(default=0, ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
+    prompt_tokens: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    completion_tokens: int = Field(default=0, ge=0, le=MOST_TOKENS)
 
 
 class FinishReason(StrEnum):
@@ -241,6 +245,35 @@ class FailureCode(StrEnum):
     OVERLOADED = "overloaded"
 
 
+class CalledFunction(BaseModel):
+    """A piece of a function's name and of its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(BaseModel):
+    """A piece of the call with this `index`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    index: int | None = Field(default=None, ge=0, le=1000)
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction | None = None
+
+
+class Delta(BaseModel):
+    """OpenAI's streamed delta, as far as anybody has to read it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
 class Chunk(BaseModel):
     """New output of one attempt. `seq` counts the chunks of the attempt from 0.
 
@@ -254,7 +287,15 @@ class Chunk(BaseModel):
     seq: int
     text: str = ""
     delta: dict[str, Any] | None = None
-    tokens: int | None = None
+    tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+
+    @field_validator("delta")
+    @classmethod
+    def _is_a_delta(cls, delta: dict[str, Any] | None) -> dict[str, Any] | None:
+        # Checked, and passed on as it is.
+        if delta is not None:
+            Delta.model_validate(delta, strict=True)
+        return delta
 
 
 class Chunks(BaseModel):
@@ -275,7 +316,7 @@ class Finished(BaseModel):
     attempt: int
     finish_reason: FinishReason
     usage: Usage | None = None
-    data: list[list[float]] | None = None
+    data: list[list[FiniteFloat]] | None = None
 
 
 class Failed(BaseModel):

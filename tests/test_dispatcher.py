@@ -1,0 +1,107 @@
+"""Who gets which job: `match` alone, without a database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from router.dispatcher import match
+from router.job_queue import Candidate
+from router.lanes import Edges, lane
+from router.workers import Fleet, Worker
+from worker.protocol import ModelKind, ServedModel
+
+SHORT = ServedModel(id="m", context_length=512)
+LONG = ServedModel(id="m", context_length=8192)
+EDGES = Edges().with_limits([SHORT, LONG])
+
+
+def fleet_of(*workers: Worker) -> Fleet:
+    fleet = Fleet()
+    fleet.set_edges(EDGES)
+    for worker in workers:
+        fleet.add(worker)
+    return fleet
+
+
+def worker(name: str, *, models: list[ServedModel] | None = None, **facts: Any) -> Worker:
+    given = {"slots": 1, "payable": True, "ln_url": None, "speeds": {}, "name": None} | facts
+    return Worker(id=name, models=models or [LONG], **given)
+
+
+def waiting(
+    name: str, milli: int = 1000, seq: int = 1, *, tokens: int = 100, tried: tuple[str, ...] = ()
+) -> Candidate:
+    where = lane(EDGES, kind=ModelKind.TEXT, model="m", prompt_tokens=tokens, max_tokens=0)
+    return Candidate(name, where, milli, seq, frozenset(tried))
+
+
+def names(pairs: list[tuple[Candidate, Worker]]) -> list[tuple[str, str]]:
+    return [(candidate.job_id, worker.id) for candidate, worker in pairs]
+
+
+def test_jobs_are_given_out_in_the_order_of_the_queue_while_there_are_slots():
+    fleet = fleet_of(worker("w", slots=2))
+    queue = [waiting("dear", 3000), waiting("middle", 2000), waiting("cheap")]
+    assert names(match(queue, fleet)) == [("dear", "w"), ("middle", "w")]
+
+
+def test_nothing_waits_or_nobody_is_idle():
+    assert match([], fleet_of(worker("w"))) == []
+    busy = worker("w")
+    busy.busy.add("another")
+    assert match([waiting("a")], fleet_of(busy)) == []
+    assert match([waiting("a")], fleet_of(worker("w", draining=True))) == []
+
+
+def test_a_job_that_fits_no_idle_worker_does_not_hold_up_those_behind_it():
+    fleet = fleet_of(worker("short", models=[SHORT]))
+    queue = [waiting("long", 9000, tokens=5000), waiting("short", 1000)]
+    assert names(match(queue, fleet)) == [("short", "short")]
+
+
+def test_the_faster_and_the_more_reliable_worker_is_chosen_first():
+    fast, slow = worker("fast", speeds={"m": 100.0}), worker("slow", speeds={"m": 10.0})
+    assert names(match([waiting("a"), waiting("b")], fleet_of(slow, fast))) == [
+        ("a", "fast"),
+        ("b", "slow"),
+    ]
+    shaky = worker("shaky", speeds={"m": 12.0}, reliability=0.7)
+    assert names(match([waiting("a")], fleet_of(shaky, slow))) == [("a", "slow")]
+    # Speed at another model says nothing about this one.
+    other = worker("other", speeds={"x": 1000.0})
+    quick = worker("quick", speeds={"m": 30.0})
+    assert names(match([waiting("a")], fleet_of(other, quick))) == [("a", "quick")]
+
+
+def test_of_two_equal_workers_the_one_with_less_to_do_is_chosen():
+    loaded, free = worker("loaded", slots=4), worker("free", slots=4)
+    loaded.busy.update({"x", "y"})
+    assert names(match([waiting("a")], fleet_of(loaded, free))) == [("a", "free")]
+
+
+def test_a_worker_that_had_the_job_is_last_in_line_for_it():
+    fast, slow = worker("fast", speeds={"m": 100.0}), worker("slow", speeds={"m": 10.0})
+    tried = [waiting("a", tried=("fast",)), waiting("b")]
+    assert names(match(tried, fleet_of(fast, slow))) == [("a", "slow"), ("b", "fast")]
+    # Nobody else could do it: then it has another try.
+    assert names(match(tried[:1], fleet_of(fast))) == [("a", "fast")]
+    short = worker("short", models=[SHORT])
+    long_job = [waiting("a", tokens=5000, tried=("fast",))]
+    assert names(match(long_job, fleet_of(fast, short))) == [("a", "fast")]
+
+
+def test_a_job_waits_for_a_fresh_worker_that_is_busy_and_lets_others_pass():
+    failed, fresh = worker("failed"), worker("fresh")
+    fresh.busy.add("x")
+    queue = [waiting("a", 2000, tried=("failed",)), waiting("b")]
+    assert names(match(queue, fleet_of(failed, fresh))) == [("b", "failed")]
+
+
+def test_a_worker_does_not_get_a_job_again_while_it_holds_the_attempt_before():
+    holding = worker("w", slots=2)
+    holding.busy.add("a")
+    fleet = fleet_of(holding)
+    assert match([waiting("a", tried=("w",))], fleet) == []
+    assert names(match([waiting("a", tried=("w",)), waiting("b")], fleet)) == [("b", "w")]
+    holding.busy.clear()
+    assert names(match([waiting("a", tried=("w",))], fleet)) == [("a", "w")]
