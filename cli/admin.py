@@ -252,10 +252,19 @@ def audit(
     access: Access = context.obj
     answer = access.get("/audit", limit=limit)
     rows = [
-        (c["at"], c["who"], c["action"], c["subject"], _short(c["before"]), _short(c["after"]))
+        (c["at"], c["who"], c["action"], c["subject"], *_what_changed(c["before"], c["after"]))
         for c in answer["changes"]
     ]
     access.show(answer, table(None, ("at", "who", "action", "subject", "before", "after"), rows))
+
+
+def _what_changed(before: Any, after: Any) -> tuple[str | None, str | None]:
+    """Both sides of a change without what is the same in both; `--json` shows all."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        same = {name for name in before if name in after and before[name] == after[name]}
+        before = {name: value for name, value in before.items() if name not in same}
+        after = {name: value for name, value in after.items() if name not in same}
+    return _short(before), _short(after)
 
 
 def _short(value: Any) -> str | None:

@@ -29,7 +29,7 @@ def list_workers(context: typer.Context, limit: Limit = 50, cursor: Cursor = Non
             w["id"],
             w["name"],
             _worker_state(w),
-            ", ".join(model["id"] for model in w["models"]),
+            ", ".join(sorted({model["id"] for model in w["models"]})),
             f"{w['busy']}/{w['slots']}",
             w["jobs_done"],
             w["jobs_failed"],
