@@ -143,13 +143,19 @@ async def revoke_primary(connection: Any, account_id: str) -> None:
     )
 
 
-async def spend(connection: Any, key_id: str, amount_msat: int) -> bool:
-    """Count a hold against a key's limit; negative gives back. False when the limit forbids it."""
+async def spend(
+    connection: Any, key_id: str, amount_msat: int, *, over_limit: bool = False
+) -> bool:
+    """Count a hold against a key's limit; negative gives back. False when the limit forbids it.
+
+    `over_limit`: it is counted all the same, since it was paid for apart.
+    """
     done = await connection.fetchval(
         "update account_keys set spent_msat = greatest(0, spent_msat + $2) where id = $1"
-        " and (limit_msat is null or $2 <= 0 or spent_msat + $2 <= limit_msat) returning id",
+        " and (limit_msat is null or $2 <= 0 or $3 or spent_msat + $2 <= limit_msat) returning id",
         key_id,
         amount_msat,
+        over_limit,
     )
     return done is not None
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
 import asyncpg
@@ -25,11 +25,21 @@ log = logging.getLogger(__name__)
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Handler = Callable[[Any, list[Any]], Awaitable[Sequence[Any]]]
 
-_TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+T = TypeVar("T")
+
+# PostgreSQL has no U+0000 in its texts; a client's id or name that holds one names nothing.
+UnstorableText = asyncpg.CharacterNotInRepertoireError
+
+TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+TRIES = 5
 
 
 class DatabaseUnavailable(Exception):
     """PostgreSQL cannot be reached; nothing was changed, or it is not known to have been."""
+
+
+class ConnectionBroke(DatabaseUnavailable):
+    """PostgreSQL went away in the middle: what was asked of it may have been done."""
 
 
 _GONE = (
@@ -93,18 +103,38 @@ class Database:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
-        """A connection without a transaction, for reads. Raises DatabaseUnavailable."""
+        """A connection without a transaction, for reads. Raises DatabaseUnavailable.
+
+        It is ConnectionBroke from the moment on at which there is a connection.
+        """
+        reached = False
         try:
             async with self.pool.acquire(timeout=10) as connection:
+                reached = True
                 yield connection
         except _GONE as error:
-            raise DatabaseUnavailable(str(error)) from error
+            kind = ConnectionBroke if reached else DatabaseUnavailable
+            raise kind(str(error)) from error
 
     @asynccontextmanager
     async def transaction(self, isolation: str = "read_committed") -> AsyncIterator[Any]:
         """A connection in a transaction that commits at the end. Raises DatabaseUnavailable."""
         async with self.connection() as connection, connection.transaction(isolation=isolation):
             yield connection
+
+    async def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Run `work(connection)` in a transaction, and again when it lost to another transaction.
+
+        Two that want the same rows in another order cannot both go on: PostgreSQL ends one of them.
+        Raises DatabaseUnavailable, and what `work` raises.
+        """
+        for attempt in range(TRIES):
+            try:
+                async with self.transaction() as connection:
+                    return await work(connection)
+            except TRANSIENT:
+                await asyncio.sleep(random.uniform(0, 0.02) * 2**attempt)
+        raise DatabaseUnavailable("too many deadlocks in a row")
 
 
 class BatchingWriter:
@@ -195,10 +225,10 @@ class BatchingWriter:
         return results
 
     async def _alone(self, kind: str, row: Any, future: asyncio.Future) -> None:
-        for attempt in range(5):
+        for attempt in range(TRIES):
             try:
                 result = (await self._together({kind: [row]}))[kind][0]
-            except _TRANSIENT:
+            except TRANSIENT:
                 await asyncio.sleep(random.uniform(0, 0.02) * 2**attempt)
                 continue
             except Exception as error:

@@ -12,6 +12,7 @@ RouterError
 ├── JobWiped              the answer existed and has been deleted
 ├── IdempotencyConflict   the same key with another request
 ├── JobNotWaiting         only a waiting job can be bumped
+├── AnswerDelayed         the answer is whole, but the database is not there to take it
 ├── JobFailed             the job ended without an answer
 ├── Forbidden             the credential does not open this
 ├── Paused / Draining     no new work is taken
@@ -90,6 +91,12 @@ class IdempotencyConflict(RouterError):
 
 class JobNotWaiting(RouterError):
     code = "job_not_waiting"
+
+
+class AnswerDelayed(RouterError):
+    """Facts: job, token, status_url, where the answer can be fetched once it is recorded."""
+
+    code = "answer_delayed"
 
 
 class JobFailed(RouterError):

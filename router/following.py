@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.database import DatabaseUnavailable
-from router.errors import JobWiped
+from router.errors import AnswerDelayed, JobWiped
 from router.job_states import State
 from router.job_stream import JobStream, Piece, pieces_after, place, seq_of
 from router.job_views import Outcome, outcome_of
@@ -23,6 +23,8 @@ from router.jobs import Jobs
 
 PLACE_EVERY_S = 2.0
 PLACE_LATER_S = 0.5
+# How long a reader who has seen the whole answer waits for the database to take it.
+COMMIT_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Event:
 
 
 async def outcome(jobs: Jobs, job_id: str) -> Outcome:
-    """Wait for a job's end. Raises JobWiped when its answer has been deleted."""
+    """Wait for a job's end. Raises JobWiped when its answer has been deleted, and AnswerDelayed."""
     stream = jobs.hub.get(job_id)
     if stream is None:
         stream, row = await _attach(jobs, job_id)
@@ -45,6 +47,7 @@ async def outcome(jobs: Jobs, job_id: str) -> Outcome:
     stream.readers += 1
     try:
         while stream.outcome is None:
+            _refuse_long_wait(jobs, stream)
             await stream.changed()
         return stream.outcome
     finally:
@@ -58,7 +61,7 @@ async def follow(
 
     `place_at_once`: the first `position` comes with the first event; otherwise only to a reader
     that has waited a moment, since most jobs never wait. Raises NoSuchJob, JobWiped before the
-    first event.
+    first event, and AnswerDelayed in the place of `done`.
     """
     attempt_had, characters_had = place(after_seq)
     stream = jobs.hub.get(job_id)
@@ -116,6 +119,7 @@ class _Reader:
                     continue
             if self._has_news():
                 continue
+            _refuse_long_wait(self._jobs, stream)
             await stream.changed()
             if not self._has_news():
                 yield None
@@ -164,6 +168,18 @@ class _Reader:
         return Event("position", self._seq(), place_now)
 
 
+def _refuse_long_wait(jobs: Jobs, stream: JobStream) -> None:
+    """Raises AnswerDelayed: the answer is whole, and its ending has waited long for the database."""
+    since = stream.ending_since
+    if since is not None and time.monotonic() - since > COMMIT_PATIENCE_S:
+        raise AnswerDelayed(
+            "the answer is complete but could not be recorded yet; fetch it a little later",
+            job=stream.job_id,
+            token=jobs.token(stream.job_id),
+            status_url=f"/jobs/{stream.job_id}",
+        )
+
+
 async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
     """The stream of a job that is alive, or its row if it has ended."""
     row = await jobs.row(job_id)
@@ -190,7 +206,12 @@ def _stored(row: Any, attempt_had: int, characters_had: int) -> list[Event]:
     text = answer_text(ended)
     if len(text) > had:
         events.append(Event("chunk", seq_of(attempt, len(text)), {"text": text[had:]}))
-    events.append(Event("done", seq_of(attempt, len(text)), {}, ended))
+    calls, end = answer_calls(ended), len(text)
+    if calls and had <= end:
+        # How they were cut into deltas is not kept: a reader who has seen some finds them in `done`.
+        end += 1
+        events.append(Event("chunk", seq_of(attempt, end), {"delta": {"tool_calls": calls}}))
+    events.append(Event("done", seq_of(attempt, max(had, end)), {}, ended))
     return events
 
 
@@ -206,6 +227,14 @@ def answer_text(ended: Outcome) -> str:
     for choice in (ended.result or {}).get("choices", ()):
         return choice.get("text") or (choice.get("message") or {}).get("content") or ""
     return ""
+
+
+def answer_calls(ended: Outcome) -> list[dict[str, Any]]:
+    """The tool calls of a chat answer, each with its index as in a delta."""
+    for choice in (ended.result or {}).get("choices", ()):
+        calls = (choice.get("message") or {}).get("tool_calls") or ()
+        return [{"index": index, **call} for index, call in enumerate(calls)]
+    return []
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

@@ -5,19 +5,22 @@ What happens to a job while a worker has it, and how it ends, is in `router.atte
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from billing import fees, ledger
+from billing import accounts, fees, ledger
 from billing.errors import InsufficientFunds
 from billing.ledger import Transfer
 from router import job_queue
 from router.attempts import Attempts
-from router.database import BatchingWriter, Database
+from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
 from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
 from router.job_states import Event, State
 from router.job_store import Ending, NewQuote, Submission, Submitted
@@ -28,6 +31,10 @@ from router.models import Models
 from worker.protocol import Kind
 
 log = logging.getLogger(__name__)
+
+# How long a client waits to hear what became of a submission that the database did not answer.
+UNSURE_S = 15.0
+AGAIN_S = 0.2
 
 
 class Jobs:
@@ -52,6 +59,7 @@ class Jobs:
         self._attempts = attempts
         self._token_secret = token_secret
         self._max_multiplier = max_multiplier
+        self._tasks: set[asyncio.Task[None]] = set()
         self.hub = hub
 
     async def submit(
@@ -71,9 +79,7 @@ class Jobs:
             self.hub.open(job.id, State.QUEUED)
         submitted: Submitted | None = None
         try:
-            submitted = await self._writer.write(
-                "submit", Submission(quote, account_id, key_id, once, attached_to)
-            )
+            submitted = await self._submit(Submission(quote, account_id, key_id, once, attached_to))
         finally:
             if submitted is None or submitted.repeated:
                 for job in quote.jobs:
@@ -84,6 +90,48 @@ class Jobs:
             self._market.touch()
             self._attempts.on_work()
         return submitted
+
+    async def _submit(self, submission: Submission) -> Submitted:
+        """Write a submission, and where the database went away in the middle, find out.
+
+        Raises DatabaseUnavailable: nothing was charged. Only a database that stays away leaves it
+        open; then a client that can come back finds its jobs by its key or credential, and for any
+        other they are cancelled as soon as they can be.
+        """
+        quote_id = submission.quote.id
+        until = time.monotonic() + UNSURE_S
+        unsure = False
+        while True:
+            try:
+                if unsure and await self.of_quote(quote_id):
+                    return Submitted(quote_id, repeated=False)
+                done: Submitted = await self._writer.write("submit", submission)
+                # Found as repeated, it may have been by ourselves a moment ago.
+                return replace(done, repeated=done.quote_id != quote_id) if unsure else done
+            except DatabaseUnavailable as error:
+                unsure = unsure or isinstance(error, ConnectionBroke)
+                if not unsure:
+                    raise
+                if time.monotonic() > until:
+                    if submission.once is None:
+                        self._later(self._take_back(submission))
+                    raise
+            await asyncio.sleep(AGAIN_S)
+
+    async def _take_back(self, submission: Submission) -> None:
+        """Cancel jobs that may have been queued for somebody who was told that they were not."""
+        while True:
+            try:
+                for row in await self.of_quote(submission.quote.id):
+                    await self.cancel(row["id"], reason="database_unavailable")
+                return
+            except DatabaseUnavailable:
+                await asyncio.sleep(AGAIN_S)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def queued(self, job_ids: Sequence[str]) -> None:
         """An invoice was paid and its jobs queued: tell their readers and the dispatcher."""
@@ -172,11 +220,12 @@ class Jobs:
     ) -> dict[str, Any]:
         """Raise the offer of a waiting job to a new total; it keeps its time.
 
-        Raises JobNotWaiting, BadRequest (lower than before, or over the limit), NotEnoughBalance
-        with `missing_msat` and `offer_msat` in its facts.
+        Raises JobNotWaiting, BadRequest (lower than before, or over the limit), NotEnoughBalance:
+        with `missing_msat` and `offer_msat` in its facts where paying them would help.
         """
-        async with self._database.transaction() as connection:
-            row = await self._bump_in(connection, job_id, offer_msat, multiplier)
+        row = await self._database.run(
+            lambda connection: self._bump_in(connection, job_id, offer_msat, multiplier)
+        )
         self._market.touch()
         self._attempts.on_work()
         return await self.view(row)
@@ -185,14 +234,20 @@ class Jobs:
         """Bump within the transaction that credited the money for it; False if it is too late."""
         try:
             async with connection.transaction():
-                await self._bump_in(connection, job_id, offer_msat, None)
+                await self._bump_in(connection, job_id, offer_msat, None, paid=True)
         except (JobNotWaiting, NoSuchJob, BadRequest, NotEnoughBalance) as error:
             log.info("paid bump not applied job=%s: %s", job_id, error.code)
             return False
         return True
 
     async def _bump_in(
-        self, connection: Any, job_id: str, offer_msat: int | None, multiplier: Decimal | None
+        self,
+        connection: Any,
+        job_id: str,
+        offer_msat: int | None,
+        multiplier: Decimal | None,
+        *,
+        paid: bool = False,
     ) -> Any:
         row = await connection.fetchrow("select * from jobs where id = $1 for update", job_id)
         if row is None:
@@ -207,10 +262,25 @@ class Jobs:
         if offer_msat > max(base, 1) * self._max_multiplier:
             raise BadRequest(f"the multiplier may be at most {self._max_multiplier}")
         milli = fees.multiplier_milli(offer_msat, base)
+        more = offer_msat - held
+        # What its end gives back to the key's limit is all that was held, so all of it is counted.
+        if row["key_id"] and not await accounts.spend(
+            connection, row["key_id"], more, over_limit=paid
+        ):
+            raise NotEnoughBalance(
+                "the spending limit of this key does not cover this bump",
+                missing_msat=more,
+                offer_msat=offer_msat,
+            )
+        more_msat = offer_msat - held
+        if row["key_id"] and not await accounts.spend(connection, row["key_id"], more_msat):
+            raise NotEnoughBalance(
+                "the spending limit of this key does not cover this bump", fee_msat=more_msat
+            )
         hold = Transfer(
             ledger.client(row["account_id"]),
             ledger.escrow(job_id),
-            offer_msat - held,
+            more,
             f"bump-{offer_msat}",
             job_id,
         )

@@ -92,7 +92,7 @@ async def test_a_job_id_with_a_nul_is_no_job(router: Rig):
 
 
 async def test_a_token_that_is_not_ascii_opens_nothing(router: Rig):
-    reply = await router.http.get("/jobs/none", headers={"X-Job-Token": "jt-é".encode()})
+    reply = await router.http.get("/jobs/none", headers={b"X-Job-Token": "jt-é".encode()})
     assert reply.status_code == 401
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from billing.errors import BadCredential, BadLightningAddress, BillingError, InsufficientFunds
 from billing.l402 import BUY_AGAIN
 from billing.lightning import BackendError
-from router.database import DatabaseUnavailable
+from router.database import DatabaseUnavailable, UnstorableText
 from router.errors import RouterError
 
 # code -> (status, what it means): published in the OpenAPI document and in docs/errors.md.
@@ -42,7 +42,11 @@ STATUSES: dict[str, tuple[int, str]] = {
     "paused": (503, "The operator has paused new work."),
     "draining": (503, "This router is shutting down."),
     "queue_full": (503, "The queue is full."),
-    "database_unavailable": (503, "The database is away; nothing was charged."),
+    "database_unavailable": (
+        503,
+        "The database is away; nothing was charged, or a repeat finds it.",
+    ),
+    "answer_delayed": (503, "The answer is whole but not recorded yet; fetch it at `status_url`."),
     "lightning_unavailable": (503, "The Lightning node is away; nothing was charged."),
     "internal_error": (500, "A fault of the router; it is in its log."),
 }
@@ -92,6 +96,8 @@ def problem_of(error: Exception) -> Problem:
                 "the balance does not cover this",
                 {"balance_msat": error.balance_msat, "fee_msat": error.needed_msat},
             )
+        case UnstorableText():
+            return Problem("bad_request", "a text contains the character U+0000", {})
         case DatabaseUnavailable():
             return Problem("database_unavailable", STATUSES["database_unavailable"][1], {})
         case BackendError():
