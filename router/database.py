@@ -77,6 +77,18 @@ def migrate(url: str, revision: str = "head") -> None:
     command.upgrade(config, revision)
 
 
+# A connection is made anew after this many statements; asyncpg's 50,000 would be every few seconds.
+MAX_QUERIES = 10_000_000
+
+
+async def _leave_as_it_is(connection: Any) -> None:
+    """What asyncpg's pool does instead of resetting the session each time it comes back.
+
+    Open transactions are rolled back before this. Nobody changes anything else of a session: locks
+    and settings are for a transaction. So the round trip would be for nothing.
+    """
+
+
 class Database:
     """A pool of connections."""
 
@@ -91,6 +103,8 @@ class Database:
             max_size=size,
             command_timeout=60,
             max_inactive_connection_lifetime=300,
+            max_queries=MAX_QUERIES,
+            reset=_leave_as_it_is,
             server_settings={"application_name": "satherd"},
         )
         return cls(pool)
