@@ -12,8 +12,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
+import asyncpg
 import httpx
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
 from billing.lightning import LightningBackend, NodeInfo
@@ -26,15 +28,20 @@ from billing.payouts import PayoutRunner
 from billing.withdrawals import Withdrawals
 from router import job_store, workers
 from router.api import (
+    admin,
+    admin_work,
     balance,
     balance_keys,
+    docs,
     info,
     jobs,
     openai,
+    operations,
     simulated,
     withdrawals,
     worker_socket,
 )
+from router.api import workers as worker_doors
 from router.api.middleware import BodyLimit, Cors
 from router.attempts import Attempts
 from router.core import Core
@@ -89,9 +96,23 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    doors = (info, jobs, openai, worker_socket, balance, balance_keys, withdrawals)
+    doors = (
+        info,
+        jobs,
+        openai,
+        worker_socket,
+        balance,
+        balance_keys,
+        withdrawals,
+        docs,
+        worker_doors,
+        admin,
+        admin_work,
+        operations,
+    )
     for door in doors:
         app.include_router(door.router)
+    docs.describe(app)
     if settings.simulated:
         app.include_router(simulated.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -104,8 +125,7 @@ async def running_core(settings: Settings, *, clock: Callable = utc_now) -> Asyn
     """All parts of a router, started in order and stopped in the reverse order."""
     async with AsyncExitStack() as stack:
         url = await _database_url(settings, stack)
-        await asyncio.to_thread(migrate, url)
-        database = await Database.open(url)
+        database = await _open_database(url)
         stack.push_async_callback(database.close)
         backend = connect(settings.lightning, url=settings.simulated_url)
         stack.push_async_callback(backend.aclose)
@@ -128,6 +148,15 @@ async def _database_url(settings: Settings, stack: AsyncExitStack) -> str:
     postgres = EmbeddedPostgres(settings.data_dir / "postgres")
     await stack.enter_async_context(postgres)
     return postgres.url
+
+
+async def _open_database(url: str) -> Database:
+    """Bring the tables up to date and open the pool. Raises CannotStart in one line."""
+    try:
+        await asyncio.to_thread(migrate, url)
+        return await Database.open(url)
+    except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
+        raise CannotStart(f"no use of the database: {str(error).splitlines()[0]}") from error
 
 
 async def _node(backend: LightningBackend, settings: Settings) -> NodeInfo:
