@@ -93,10 +93,9 @@ async def jobs_page(
 
 async def audit_page(connection: Any, *, cursor: str | None, limit: int) -> Page:
     """All changes by admins, newest first."""
-    at, last_id = read_cursor(cursor)
+    _, last_id = read_cursor(cursor)
     rows = await connection.fetch(
-        "select * from audit where (at, id) < ($1, $2) order by at desc, id desc limit $3",
-        at,
+        "select * from audit where id < $1 order by id desc limit $2",
         int(last_id) if re.fullmatch("[0-9]{1,18}", last_id) else _LAST_ID,
         limit + 1,
     )

@@ -35,8 +35,10 @@ async def changing(core: Core) -> AsyncIterator[Any]:
 async def note(connection: Any, action: str, subject: str, before: Any, after: Any) -> None:
     """Write one change into the audit, unless nothing has changed."""
     if before != after:
+        # Not the transaction's time: that is from before it waited for its turn.
         await connection.execute(
-            "insert into audit (who, action, subject, before, after) values ($1, $2, $3, $4, $5)",
+            "insert into audit (at, who, action, subject, before, after)"
+            " values (clock_timestamp(), $1, $2, $3, $4, $5)",
             WHO,
             action,
             subject,
