@@ -52,7 +52,7 @@ class Reading:
     node: NodeBalance | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Metrics:
     """The metrics of one application, with a registry of their own."""
 
