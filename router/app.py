@@ -16,6 +16,7 @@ import asyncpg
 import httpx
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
 
 from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
 from billing.lightning import LightningBackend, NodeInfo
@@ -42,6 +43,7 @@ from router.api import (
     worker_socket,
 )
 from router.api import workers as worker_doors
+from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors
 from router.attempts import Attempts
 from router.core import Core
@@ -115,6 +117,7 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
     docs.describe(app)
     if settings.simulated:
         app.include_router(simulated.router)
+    app.add_exception_handler(HTTPException, no_such_door)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Cors)
     return app

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from fastapi import Request, Response
+from starlette.exceptions import HTTPException
 
 from router.api.errors import Problem, problem_of
 from router.core import Core
@@ -63,3 +64,12 @@ def noted(error: Exception, request: Request) -> Problem:
             "a request failed method=%s path=%s", request.method, request.url.path, exc_info=error
         )
     return problem
+
+
+def no_such_door(_request: Request, error: Exception) -> Response:
+    """What the web framework refuses by itself: unknown paths, wrong methods."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    problem = Problem(code, str(error.detail), {})
+    headers = {**problem.headers, **(error.headers or {})}
+    return answer(problem.as_json(), status=error.status_code, headers=headers)

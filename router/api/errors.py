@@ -27,6 +27,7 @@ STATUSES: dict[str, tuple[int, str]] = {
     "no_such_quote": (404, "There is no such quote."),
     "no_such_job": (404, "There is no such job."),
     "not_found": (404, "There is no such thing."),
+    "method_not_allowed": (405, "The path exists, but not for this method."),
     "idempotency_conflict": (409, "The Idempotency-Key was used for another request."),
     "job_not_waiting": (409, "Only a waiting job can be bumped."),
     "too_many_keys": (409, "The account has as many keys as it may."),

@@ -12,13 +12,21 @@ from billing.msat import parse_decimal
 from router import following
 from router.api import payment, purchase, sse
 from router.api.answers import answer, core_of, noted, problem_answer, read_object
-from router.api.errors import Problem
+from router.api.errors import Problem, problem_of
 from router.api.own_door import OwnDoorRoute
 from router.api.payment import Payer
 from router.api.purchase import PaymentRequired, payment_body, quote_json
 from router.api.quote_events import quote_events
 from router.core import Core
-from router.errors import BadRequest, Forbidden, JobWiped, NotEnoughBalance, Unauthorized
+from router.database import DatabaseUnavailable
+from router.errors import (
+    BadRequest,
+    Forbidden,
+    JobWiped,
+    NotEnoughBalance,
+    RouterError,
+    Unauthorized,
+)
 from router.job_views import outcome_of, time_text
 from router.quotes import StoredQuote
 from worker.protocol import Kind
@@ -129,11 +137,15 @@ async def follow_quote(request: Request, quote_id: str) -> Response:
     core = core_of(request)
     try:
         # First the payer: finding out who pays may be what settles the quote.
-        payer = await _payer_if_any(core, request, "quotes")
+        await _payer_if_any(core, request, "quotes")
         stored = await core.quotes.get(quote_id)
-        mine = payer is not None and payer.account_id == stored.account_id
+
+        async def is_mine(stored: StoredQuote) -> bool:
+            payer = await _payer_if_any(core, request, "quotes")
+            return payer is not None and payer.account_id == stored.account_id
+
         last = request.headers.get("last-event-id")
-        return sse.EventStream(quote_events(core, stored, mine=mine, last_event_id=last))
+        return sse.EventStream(quote_events(core, stored, is_mine=is_mine, last_event_id=last))
     except Exception as error:
         return _refused(error, request)
 
@@ -225,15 +237,18 @@ def _last_seq(text: str | None) -> int | None:
 
 
 async def _events(core: Core, job_id: str, after: int | None) -> AsyncIterator[bytes]:
-    async for event in following.follow(core.jobs, job_id, after_seq=after, place_at_once=True):
-        if event is None:
-            yield sse.comment("waiting")
-            continue
-        data = {"job": job_id, "seq": event.seq, **event.data}
-        if event.outcome is not None:
-            view = await core.jobs.view(await core.jobs.row(job_id))
-            data = {"job": view, "seq": event.seq}
-        yield sse.event(event.kind, data, event.seq)
+    try:
+        async for event in following.follow(core.jobs, job_id, after_seq=after, place_at_once=True):
+            if event is None:
+                yield sse.comment("waiting")
+                continue
+            data = {"job": job_id, "seq": event.seq, **event.data}
+            if event.outcome is not None:
+                view = await core.jobs.view(await core.jobs.row(job_id))
+                data = {"job": view, "seq": event.seq}
+            yield sse.event(event.kind, data, event.seq)
+    except (RouterError, DatabaseUnavailable) as error:
+        yield sse.event("error", {"job": job_id, **problem_of(error).as_json()})
 
 
 @router.post("/jobs/{job_id}/bump")
@@ -249,6 +264,8 @@ async def bump(request: Request, job_id: str) -> Response:
                 await core.jobs.bump(job_id, offer_msat=offer_msat, multiplier=multiplier)
             )
         except NotEnoughBalance as error:
+            if "missing_msat" not in error.facts:
+                raise
             return await _bump_invoice(core, request, row, error)
     except Exception as error:
         return _refused(error, request)

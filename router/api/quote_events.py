@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from router import following
@@ -21,12 +21,17 @@ COMMENT_EVERY = 10
 
 
 async def quote_events(
-    core: Core, stored: StoredQuote, *, mine: bool, last_event_id: str | None
+    core: Core,
+    stored: StoredQuote,
+    *,
+    is_mine: Callable[[StoredQuote], Awaitable[bool]],
+    last_event_id: str | None,
 ) -> AsyncIterator[bytes]:
     """`paid`, `late` or `expired` of the quote; then, to its payer, the events of its jobs.
 
-    Before the payment nobody is the payer yet: whoever knows the quote's id follows its payment,
-    and a stream that was opened without the credential ends with `paid`.
+    Before the payment nobody is the payer yet: whoever knows the quote's id follows its payment.
+    Once it is there, `is_mine` says whether this reader came with the credential or the claim token
+    that it has made good; other readers are told no more.
     """
     turn = 0
     while stored.state == "open":
@@ -39,7 +44,7 @@ async def quote_events(
         stored = await core.quotes.get(stored.id)
     state = "expired" if stored.state == "open" else stored.state
     yield sse.event(state, {"quote_id": stored.id})
-    if state != "paid" or not mine:
+    if state != "paid" or not await is_mine(stored):
         return
     async for chunk in _jobs(core, stored.id, last_event_id):
         yield chunk
