@@ -169,6 +169,7 @@ class BatchingWriter:
         self._most = most
         self._waiting: dict[str, list[tuple[Any, asyncio.Future]]] = {k: [] for k in handlers}
         self._some = asyncio.Event()
+        self._turning = False
         self._task: asyncio.Task | None = None
         self.turns = 0
         self.rows = 0
@@ -178,7 +179,8 @@ class BatchingWriter:
 
     async def stop(self) -> None:
         """Finish what is waiting, then stop."""
-        while any(self._waiting.values()):
+        # A turn that is under way has taken its rows already: its commit is waited for as well.
+        while self._turning or any(self._waiting.values()):
             await asyncio.sleep(0.01)
         if self._task:
             self._task.cancel()
@@ -208,7 +210,11 @@ class BatchingWriter:
                         self._some.set()
             if batch:
                 self.turns += 1
-                await self._turn(batch)
+                self._turning = True
+                try:
+                    await self._turn(batch)
+                finally:
+                    self._turning = False
 
     async def _turn(self, batch: dict[str, list[tuple[Any, asyncio.Future]]]) -> None:
         try:
