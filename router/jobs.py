@@ -220,8 +220,8 @@ class Jobs:
     ) -> dict[str, Any]:
         """Raise the offer of a waiting job to a new total; it keeps its time.
 
-        Raises JobNotWaiting, BadRequest (lower than before, or over the limit), NotEnoughBalance:
-        with `missing_msat` and `offer_msat` in its facts where paying them would help.
+        Raises JobNotWaiting, BadRequest (lower than before, or over the limit), NotEnoughBalance
+        with `missing_msat` and `offer_msat` in its facts.
         """
         row = await self._database.run(
             lambda connection: self._bump_in(connection, job_id, offer_msat, multiplier)
@@ -262,25 +262,20 @@ class Jobs:
         if offer_msat > max(base, 1) * self._max_multiplier:
             raise BadRequest(f"the multiplier may be at most {self._max_multiplier}")
         milli = fees.multiplier_milli(offer_msat, base)
-        more = offer_msat - held
+        more_msat = offer_msat - held
         # What its end gives back to the key's limit is all that was held, so all of it is counted.
         if row["key_id"] and not await accounts.spend(
-            connection, row["key_id"], more, over_limit=paid
+            connection, row["key_id"], more_msat, over_limit=paid
         ):
             raise NotEnoughBalance(
                 "the spending limit of this key does not cover this bump",
-                missing_msat=more,
+                missing_msat=more_msat,
                 offer_msat=offer_msat,
-            )
-        more_msat = offer_msat - held
-        if row["key_id"] and not await accounts.spend(connection, row["key_id"], more_msat):
-            raise NotEnoughBalance(
-                "the spending limit of this key does not cover this bump", fee_msat=more_msat
             )
         hold = Transfer(
             ledger.client(row["account_id"]),
             ledger.escrow(job_id),
-            more,
+            more_msat,
             f"bump-{offer_msat}",
             job_id,
         )

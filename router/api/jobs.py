@@ -264,8 +264,6 @@ async def bump(request: Request, job_id: str) -> Response:
                 await core.jobs.bump(job_id, offer_msat=offer_msat, multiplier=multiplier)
             )
         except NotEnoughBalance as error:
-            if "missing_msat" not in error.facts:
-                raise
             return await _bump_invoice(core, request, row, error)
     except Exception as error:
         return _refused(error, request)
