@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import asyncpg
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -96,7 +97,7 @@ async def _books(core: Core) -> Books | None:
                 unresolved=await payout_records.unresolved(connection, now=core.clock()),
                 control=await payout_control.control_state(connection),
             )
-    except (DatabaseUnavailable, TimeoutError):
+    except (DatabaseUnavailable, TimeoutError, asyncpg.PostgresError):
         return None
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -97,7 +98,7 @@ async def _database(core: Core) -> str:
     try:
         async with asyncio.timeout(PATIENCE_S), core.database.connection() as connection:
             await connection.fetchval("select 1")
-    except (DatabaseUnavailable, TimeoutError):
+    except (DatabaseUnavailable, TimeoutError, asyncpg.PostgresError):
         return "unavailable"
     return OK
 
