@@ -14,7 +14,7 @@ import httpx
 
 from billing import fee_schedule
 from billing.fees import Rates
-from tests.router_rig import MODEL, PATIENCE_S, Rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig, ScriptedWorker
 
 CHAT: dict[str, Any] = {
     "model": MODEL,
@@ -43,6 +43,16 @@ async def post_job(router: Rig, headers: dict[str, str], **changes: Any) -> dict
     made = await router.http.post("/jobs", json=JOB | changes, headers=headers)
     assert made.status_code == 202, made.text
     return made.json()["jobs"][0]
+
+
+def token(links: dict[str, Any]) -> dict[str, str]:
+    return {"Authorization": f"Bearer {links['token']}"}
+
+
+async def busy_worker(router: Rig, worker: ScriptedWorker) -> dict[str, Any]:
+    """Let a worker be busy with a job of somebody else; the job."""
+    await post_job(router, await router.bearer())
+    return await worker.job()
 
 
 async def until_state(router: Rig, job_id: str, *states: str) -> Any:

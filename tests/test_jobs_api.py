@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from tests.door_tools import (
     event_stream,
     post_job,
     set_rates,
+    token,
     until_state,
 )
 from tests.router_rig import Rig
@@ -25,10 +25,6 @@ SHAPE = {
     *("id", "quote_id", "kind", "model", "state", "attempt", "multiplier", "held_msat"),
     *("created_at", "queued_at", "started_at", "first_token_at", "ended_at", "end_reason"),
 }
-
-
-def token(links: dict[str, Any]) -> dict[str, str]:
-    return {"Authorization": f"Bearer {links['token']}"}
 
 
 async def test_a_job_has_the_contracts_shape_from_queue_to_result(router: Rig):

@@ -13,16 +13,13 @@ from tests.door_tools import (
     let_quotes_expire,
     post_job,
     said,
+    token,
     until_state,
 )
 from tests.router_rig import Rig
 
 FUNDS = 100_000
 CALL = {"index": 0, "id": "call_1", "type": "function"}
-
-
-def token(links: dict[str, Any]) -> dict[str, str]:
-    return {"Authorization": f"Bearer {links['token']}"}
 
 
 async def replay(router: Rig, links: dict[str, Any], last_event_id: str | None) -> list[Sse]:
