@@ -47,11 +47,11 @@ def _satherd() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one of them; the exit status of a failure comes as SystemExit."""
-    root(args=_shared_first(arguments), prog_name="satherd")
+    root(args=shared_first(arguments), prog_name="satherd")
     return 0
 
 
-def _shared_first(arguments: Sequence[str]) -> list[str]:
+def shared_first(arguments: Sequence[str]) -> list[str]:
     """Put the options that all commands share behind `admin`, wherever they were given."""
     shared: list[str] = []
     rest: list[str] = []
