@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -236,7 +236,7 @@ def _last_seq(text: str | None) -> int | None:
     return int(text)
 
 
-async def _events(core: Core, job_id: str, after: int | None) -> AsyncIterator[bytes]:
+async def _events(core: Core, job_id: str, after: int | None) -> AsyncGenerator[bytes, None]:
     try:
         async for event in following.follow(core.jobs, job_id, after_seq=after, place_at_once=True):
             if event is None:

@@ -67,7 +67,7 @@ class AnswerStream:
             await asyncio.gather(self._next, return_exceptions=True)
         await self._events.aclose()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body of the answer."""
         try:
             writer = _Writer(self._wanted, self._bought)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from router import following
@@ -26,7 +26,7 @@ async def quote_events(
     *,
     is_mine: Callable[[StoredQuote], Awaitable[bool]],
     last_event_id: str | None,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """`paid`, `late` or `expired` of the quote; then, to its payer, the events of its jobs.
 
     Before the payment nobody is the payer yet: whoever knows the quote's id follows its payment.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -28,30 +30,68 @@ def comment(text: str) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """An answer that streams events. `on_gone` is called when the client leaves before the end."""
+    """An answer that streams events. `on_gone` is called when the client leaves before the end.
+
+    Sent from the task of the request, with one more that listens for the client's leave: what
+    Starlette starts for each stream costs as much as pricing a job does.
+    """
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes, None],
         *,
         headers: dict[str, str] | None = None,
         on_gone: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(
-            _watched(events, on_gone),
-            media_type="text/event-stream",
-            headers={**HEADERS, **(headers or {})},
+            events, media_type="text/event-stream", headers={**HEADERS, **(headers or {})}
         )
+        self._events = events
+        self._on_gone = on_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.current_task()
+        assert sending is not None
+        left = False
+
+        def stop_sending(listening: asyncio.Task[None]) -> None:
+            nonlocal left
+            left = True
+            sending.cancel()
+
+        listening = asyncio.create_task(_until_gone(receive))
+        listening.add_done_callback(stop_sending)
+        try:
+            await self._send_all(send)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            # It was our own word to ourselves, and it has done its work.
+            sending.uncancel()
+        finally:
+            listening.remove_done_callback(stop_sending)
+            listening.cancel()
+
+    async def _send_all(self, send: Send) -> None:
+        finished = False
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            finished = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if not finished and self._on_gone is not None:
+                self._on_gone()
+            await self._events.aclose()
 
 
-async def _watched(
-    events: AsyncIterator[bytes], on_gone: Callable[[], None] | None
-) -> AsyncIterator[bytes]:
-    finished = False
-    try:
-        async for chunk in events:
-            yield chunk
-        finished = True
-    finally:
-        if not finished and on_gone is not None:
-            on_gone()
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
