@@ -45,6 +45,7 @@ from router.api import (
 from router.api import workers as worker_doors
 from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors
+from router.api.shortcut import Shortcut
 from router.attempts import Attempts
 from router.core import Core
 from router.database import BatchingWriter, Database, migrate
@@ -118,6 +119,8 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
     if settings.simulated:
         app.include_router(simulated.router)
     app.add_exception_handler(HTTPException, no_such_door)
+    # The last to be added is the first to be met.
+    app.add_middleware(Shortcut, handlers=openai.HANDLERS)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Cors)
     return app

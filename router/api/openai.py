@@ -40,6 +40,14 @@ async def embeddings(request: Request) -> Response:
     return await _serve(request, Kind.EMBEDDING)
 
 
+# By their paths, for `router.api.shortcut`.
+HANDLERS = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/embeddings": embeddings,
+}
+
+
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """The models of this market, in OpenAI's form with DecentralGPT's fields beside."""
