@@ -27,7 +27,7 @@ from billing.outside_url import OutsideRules
 from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
 from billing.withdrawals import Withdrawals
-from router import job_store, workers
+from router import administration, job_store, worker_controls, workers
 from router.api import (
     admin,
     admin_work,
@@ -48,7 +48,7 @@ from router.api.middleware import BodyLimit, Cors
 from router.api.shortcut import Shortcut
 from router.attempts import Attempts
 from router.core import Core
-from router.database import BatchingWriter, Database, migrate
+from router.database import BatchingWriter, Database, migrate, patiently
 from router.dispatcher import Dispatcher
 from router.embedded_postgres import EmbeddedPostgres
 from router.job_stream import StreamHub
@@ -62,13 +62,15 @@ from router.rate_limits import RateLimits
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.secret_files import master_secrets, router_id
-from router.settings import Settings
+from router.settings import Settings, backend_settings
 from router.worker_gate import WorkerGate
 from router.workers import Fleet
 
 log = logging.getLogger(__name__)
 
 SETTINGS_REFRESH_S = 2.0
+# Our own PostgreSQL is started again when it dies, and may first have to recover.
+OWN_PATIENCE_S, OTHERS_PATIENCE_S = 60.0, 5.0
 
 
 class CannotStart(Exception):
@@ -131,9 +133,10 @@ async def running_core(settings: Settings, *, clock: Callable = utc_now) -> Asyn
     """All parts of a router, started in order and stopped in the reverse order."""
     async with AsyncExitStack() as stack:
         url = await _database_url(settings, stack)
-        database = await _open_database(url)
+        patience_s = OWN_PATIENCE_S if settings.database_url is None else OTHERS_PATIENCE_S
+        database = await _open_database(url, patience_s)
         stack.push_async_callback(database.close)
-        backend = connect(settings.lightning, url=settings.simulated_url)
+        backend = connect(settings.lightning, **backend_settings(settings))
         stack.push_async_callback(backend.aclose)
         node = await _node(backend, settings)
         core = _join(settings, database, backend, node, clock)
@@ -156,11 +159,15 @@ async def _database_url(settings: Settings, stack: AsyncExitStack) -> str:
     return postgres.url
 
 
-async def _open_database(url: str) -> Database:
+async def _open_database(url: str, patience_s: float) -> Database:
     """Bring the tables up to date and open the pool. Raises CannotStart in one line."""
-    try:
+
+    async def opened() -> Database:
         await asyncio.to_thread(migrate, url)
         return await Database.open(url)
+
+    try:
+        return await patiently(opened, patience_s=patience_s)
     except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
         raise CannotStart(f"no use of the database: {str(error).splitlines()[0]}") from error
 
@@ -298,10 +305,7 @@ def _payout_settings(settings: Settings) -> PayoutSettings:
 
 
 async def _start(core: Core, stack: AsyncExitStack) -> None:
-    async with core.database.connection() as connection:
-        core.models.known = await workers.known_models(connection)
-        core.fleet.set_edges(await workers.load_edges(connection))
-        await core.runtime.load(connection)
+    await patiently(partial(_load, core), patience_s=OWN_PATIENCE_S)
     for part in (
         core.writer,
         core.jobs.hub,
@@ -313,12 +317,19 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
     ):
         part.start()
         stack.push_async_callback(part.stop)
-    lost = await core.maintenance.take_back_own()
-    await core.maintenance.cancel_abandoned()
+    lost = await patiently(core.maintenance.take_back_own, patience_s=OWN_PATIENCE_S)
+    await patiently(core.maintenance.cancel_abandoned, patience_s=OWN_PATIENCE_S)
     if lost:
         log.warning("%d jobs were running when this router last stopped", lost)
     refresh = asyncio.create_task(_refresh_for_ever(core), name="runtime-settings")
     stack.callback(refresh.cancel)
+
+
+async def _load(core: Core) -> None:
+    async with core.database.connection() as connection:
+        core.models.known = await workers.known_models(connection)
+        core.fleet.set_edges(await workers.load_edges(connection))
+        await core.runtime.load(connection)
 
 
 async def _refresh_for_ever(core: Core) -> None:
@@ -328,7 +339,8 @@ async def _refresh_for_ever(core: Core) -> None:
         try:
             async with core.database.connection() as connection:
                 await core.runtime.load(connection)
-            core.payouts.settings = _payout_settings(core.settings)
+            administration.apply_payout_settings(core)
+            await worker_controls.follow(core)
         except Exception as error:
             log.warning("settings not refreshed: %r", error)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.exc import DBAPIError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,30 @@ _GONE = (
     asyncpg.TooManyConnectionsError,
     TimeoutError,
 )
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error, of ours, of asyncpg or of SQLAlchemy, says that PostgreSQL is not there."""
+    if isinstance(error, DBAPIError):
+        error = error.orig and error.orig.__cause__
+    return isinstance(error, (DatabaseUnavailable, *_GONE))
+
+
+async def patiently(work: Callable[[], Awaitable[T]], *, patience_s: float) -> T:
+    """Do something at the start, again and again while PostgreSQL is not there yet.
+
+    It may die, and be started again by its supervisor, in the moment in which we come. Raises what
+    `work` raises, and the last error when patience is over.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            if not is_away(error) or time.monotonic() > until:
+                raise
+            log.warning("waiting for the database: %r", error)
+        await asyncio.sleep(0.5)
 
 
 def sqlalchemy_url(url: str) -> str:

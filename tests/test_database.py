@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
+from router.database import (
+    BatchingWriter,
+    ConnectionBroke,
+    Database,
+    DatabaseUnavailable,
+    migrate,
+    patiently,
+)
 from router.embedded_postgres import EmbeddedPostgres
 
 PATIENCE_S = 15.0
@@ -231,3 +238,28 @@ async def test_writes_fail_while_postgres_is_away_and_go_on_when_it_is_back(mort
                     number += 1
                     await asyncio.sleep(0.05)
     assert {1, number} <= set(await noted(database))
+
+
+async def test_a_start_waits_for_a_postgres_that_dies_as_it_comes(mortal):
+    """Migrations, too: their driver says it in words of its own."""
+    server, _ = mortal
+    kill(server)
+    opened = []
+
+    async def work() -> Database:
+        await asyncio.to_thread(migrate, server.url)
+        opened.append(await Database.open(server.url, size=2))
+        return opened[-1]
+
+    database = await patiently(work, patience_s=PATIENCE_S)
+    async with database.connection() as connection:
+        assert await connection.fetchval("select count(*) from jobs") == 0
+    await database.close()
+
+
+async def test_a_start_does_not_wait_for_what_will_not_pass(mortal):
+    async def work() -> None:
+        raise ValueError("not the database's fault")
+
+    with pytest.raises(ValueError):
+        await patiently(work, patience_s=PATIENCE_S)
