@@ -27,8 +27,25 @@ def apply_draining(core: Core, worker_id: str, draining: bool) -> None:
     """Let the connected worker follow, after the commit."""
     worker = core.fleet.get(worker_id)
     if worker is not None and not core.draining:
-        worker.draining = draining
+        worker.told_to_drain = worker.draining = draining
         core.gate.on_idle()
+
+
+async def follow(core: Core) -> None:
+    """Bring the workers connected here in line with what was ordered at another router."""
+    async with core.database.connection() as connection:
+        rows = await connection.fetch(
+            "select id, draining, banned_at is not null as banned from workers"
+            " where id = any($1::text[])",
+            [worker.id for worker in core.fleet.all()],
+        )
+    for row in rows:
+        worker = core.fleet.get(row["id"])
+        if row["banned"]:
+            cut_off(core, row["id"], "banned")
+        elif worker is not None and worker.told_to_drain != row["draining"]:
+            # A worker may also drain of its own accord: that is not for us to undo.
+            apply_draining(core, row["id"], row["draining"])
 
 
 def cut_off(core: Core, worker_id: str, reason: str) -> bool:

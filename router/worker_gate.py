@@ -157,6 +157,7 @@ class WorkerGate:
             speeds=record.speeds,
             reliability=record.reliability,
             draining=record.draining,
+            told_to_drain=record.draining,
         )
 
     def leave(self, session: WorkerSession) -> None:

@@ -26,7 +26,11 @@ UNKNOWN_SERVICE_S = 5.0
 
 @dataclass(slots=True)
 class Worker:
-    """One connected worker. `busy` holds the jobs it has, by id."""
+    """One connected worker. `busy` holds the jobs it has, by id.
+
+    `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
+    admin has said so.
+    """
 
     id: str
     name: str | None
@@ -37,6 +41,7 @@ class Worker:
     speeds: dict[str, float]
     reliability: float = 1.0
     draining: bool = False
+    told_to_drain: bool = False
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
     connected_at: float = field(default_factory=time.monotonic)

@@ -10,6 +10,7 @@ from websockets.exceptions import ConnectionClosed
 
 from billing import ledger
 from billing.ledger import Transfer
+from router import worker_controls
 from tests.balance_tools import CHAT, balance, code
 from tests.router_rig import MODEL, PATIENCE_S, Rig, ScriptedWorker
 from tests.test_api_admin import admin, changes
@@ -101,6 +102,24 @@ async def test_a_worker_is_drained_and_taken_back(router: Rig):
         ("worker.drain", worker.id, {"draining": False}, {"draining": True}),
         ("worker.resume", worker.id, {"draining": True}, {"draining": False}),
     ]
+
+
+async def test_what_was_ordered_at_another_router_is_followed_here(router: Rig):
+    async with router.worker() as worker:
+        live = router.core.fleet.get(worker.id)
+        assert live is not None
+        for draining in (True, False):
+            await router.query("update workers set draining = $1", draining)
+            await worker_controls.follow(router.core)
+            assert live.draining is draining
+        # What a worker decides for itself is not undone.
+        live.draining = True
+        await worker_controls.follow(router.core)
+        assert live.draining is True
+        await router.query("update workers set banned_at = now()")
+        async with asyncio.timeout(PATIENCE_S):
+            while router.core.fleet.get(worker.id) is not None:
+                await asyncio.sleep(0.05)
 
 
 async def test_there_is_nothing_to_do_to_a_worker_that_is_not_known(router: Rig):
