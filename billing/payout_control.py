@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from billing import payees, payout_moves
+from billing import payees, payout_moves, payout_rows
 from billing.errors import BillingError
 from billing.payout_lease import lease_ends_at
 from billing.payout_states import Alert, AttemptState, PayoutKind, PayoutState, proves
@@ -90,7 +90,7 @@ async def retry(connection: Any, payout_id: str, *, now: datetime) -> bool:
     found = await connection.fetchval("select 1 from payouts where id = $1", payout_id)
     if found is None:
         return False
-    payout, _ = await payout_moves.load(connection, payout_id)
+    payout, _ = await payout_rows.load(connection, payout_id)
     await payout_moves.postpone(connection, payout_id, now)
     if payout.payee_id is not None:
         await payees.clear_back_off(connection, payout.payee_id)
@@ -113,7 +113,7 @@ async def decide(
     found = await connection.fetchval("select 1 from payouts where id = $1", payout_id)
     if found is None:
         raise NotForAPerson(f"there is no payout {payout_id}")
-    payout, attempt = await payout_moves.load(connection, payout_id)
+    payout, attempt = await payout_rows.load(connection, payout_id)
     if (
         attempt is None
         or attempt.state is not AttemptState.SUBMITTED

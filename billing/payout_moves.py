@@ -2,37 +2,22 @@
 
 The caller opens the transaction, checks the lease in it where it is the runner, and commits. A move
 names the state that it starts from; when the row is in another, somebody else was faster: Moved.
-
-    planned   owner                  -> payouts_sending    amount, and fee cap if a client's
-    paid      payouts_sending        -> assets:lightning   amount, and fee if a client's
-              expenses:routing_fees  -> assets:lightning   fee, if a worker's
-              payouts_sending        -> owner              what is left of the fee cap
-    failed    payouts_sending        -> owner              all of it
-    paid after all, of a payout that failed:
-              owner                  -> assets:lightning   amount, as far as it still holds it
-              expenses:goodwill      -> assets:lightning   the rest of the amount
-              expenses:routing_fees  -> assets:lightning   fee
-
-The transfers are named by the payout, so each of them can be posted once only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from billing import ledger
+from billing import ledger, payout_transfers
 from billing.accounts import new_id
-from billing.ledger import Transfer
+from billing.payout_rows import Payout
 from billing.payout_states import (
     ATTEMPT_MOVES,
-    LIVE_ATTEMPT,
     OPEN_PAYOUT,
     PAYOUT_MOVES,
     Alert,
     AttemptState,
-    PayoutKind,
     PayoutState,
     Wait,
 )
@@ -42,97 +27,10 @@ class Moved(Exception):
     """The payout is not in the state that the move starts from. Undo, and look at it again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Payout:
-    """A row of `payouts`. `account` is the ledger account that the money came from."""
-
-    id: str
-    kind: PayoutKind
-    account: str
-    target: str
-    amount_msat: int
-    fee_cap_msat: int
-    state: PayoutState
-
-    @property
-    def held_msat(self) -> int:
-        """What of it is in `payouts_sending`: a worker's routing fee is the router's cost."""
-        capped = self.kind is PayoutKind.WITHDRAWAL
-        return self.amount_msat + (self.fee_cap_msat if capped else 0)
-
-    @property
-    def payee_id(self) -> str | None:
-        """The worker, if it is one."""
-        prefix = ledger.worker("")
-        return self.account.removeprefix(prefix) if self.kind is PayoutKind.WORKER else None
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A row of `payout_attempts` that is live; the empty string where it has no invoice yet."""
-
-    id: str
-    state: AttemptState
-    address: str | None  # None: the payee has given the invoice itself
-    bolt11: str
-    payment_hash: str
-    expires_at: datetime | None
-    submitted_at: datetime | None
-    submissions: int
-    node_pubkey: str | None
-    lease_token: int | None
-    was_known: bool
-    was_missing: bool
-    agreed_state: str | None
-    agreed_since: datetime | None
-    alert: Alert | None
-
-
-async def load(connection: Any, payout_id: str) -> tuple[Payout, Attempt | None]:
-    """A payout and its live attempt, locked until the transaction ends."""
-    row = await connection.fetchrow("select * from payouts where id = $1 for update", payout_id)
-    payout = Payout(
-        id=row["id"],
-        kind=PayoutKind(row["kind"]),
-        account=row["account"],
-        target=row["target"],
-        amount_msat=row["amount_msat"],
-        fee_cap_msat=row["fee_cap_msat"],
-        state=PayoutState(row["state"]),
-    )
-    found = await connection.fetchrow(
-        "select * from payout_attempts where payout_id = $1 and state = any($2::text[])",
-        payout_id,
-        list(LIVE_ATTEMPT),
-    )
-    if found is None:
-        return payout, None
-    return payout, Attempt(
-        id=found["id"],
-        state=AttemptState(found["state"]),
-        address=found["address"],
-        bolt11=found["bolt11"] or "",
-        payment_hash=found["payment_hash"] or "",
-        expires_at=found["expires_at"],
-        submitted_at=found["submitted_at"],
-        submissions=found["submissions"],
-        node_pubkey=found["node_pubkey"],
-        lease_token=found["lease_token"],
-        was_known=found["was_known"],
-        was_missing=found["was_missing"],
-        agreed_state=found["agreed_state"],
-        agreed_since=found["agreed_since"],
-        alert=Alert(found["alert"]) if found["alert"] else None,
-    )
-
-
 async def plan(connection: Any, payout: Payout, *, now: datetime) -> None:
     """Take the money from its owner. Raises InsufficientFunds."""
     assert payout.state is PayoutState.PLANNED
-    await ledger.post(
-        connection,
-        [Transfer(payout.account, ledger.SENDING, payout.held_msat, "payout", payout.id)],
-    )
+    await ledger.post(connection, payout_transfers.when_planned(payout))
     await connection.execute(
         "insert into payouts (id, kind, account, target, amount_msat, fee_cap_msat, state,"
         " created_at, next_try_at) values ($1, $2, $3, $4, $5, $6, 'planned', $7, $7)",
@@ -310,7 +208,7 @@ async def pay(
         fee_msat,
         now,
     )
-    await ledger.post(connection, _transfers_when_paid(payout, fee_msat))
+    await ledger.post(connection, payout_transfers.when_paid(payout, fee_msat))
 
 
 async def fail(
@@ -324,10 +222,7 @@ async def fail(
     await connection.execute(
         "update payouts set error_code = $2, ended_at = $3 where id = $1", payout.id, code, now
     )
-    await ledger.post(
-        connection,
-        [Transfer(ledger.SENDING, payout.account, payout.held_msat, "payout_failed", payout.id)],
-    )
+    await ledger.post(connection, payout_transfers.when_failed(payout))
 
 
 async def correct(
@@ -335,8 +230,7 @@ async def correct(
 ) -> None:
     """A payout that was counted as failed has been paid: put the books right by other transfers.
 
-    What it gave back to its owner is taken again; what the owner has spent since is the router's
-    loss. The one move that is in no table: it must not happen, and its alert stays.
+    The one move that is in no table: it must not happen, and its alert stays.
     """
     for table, row_id, to in (
         ("payouts", payout.id, PayoutState.PAID),
@@ -352,16 +246,11 @@ async def correct(
         if moved is None:
             raise Moved
     held = await ledger.lock_balances(connection, [payout.account])
-    taken_msat = min(payout.amount_msat, held.get(payout.account, 0))
-    lost_msat = payout.amount_msat - taken_msat
-    code = "paid_after_all"
     await ledger.post(
         connection,
-        [
-            Transfer(payout.account, ledger.LIGHTNING, taken_msat, code, payout.id),
-            Transfer(ledger.GOODWILL, ledger.LIGHTNING, lost_msat, f"{code}_lost", payout.id),
-            Transfer(ledger.ROUTING_FEES, ledger.LIGHTNING, fee_msat, f"{code}_fee", payout.id),
-        ],
+        payout_transfers.when_paid_after_all(
+            payout, fee_msat, owner_holds_msat=held.get(payout.account, 0)
+        ),
     )
     await connection.execute(
         "update payout_attempts set preimage = $2, alert = $3 where id = $1",
@@ -369,24 +258,6 @@ async def correct(
         preimage,
         Alert.PAID_AFTER_ALL,
     )
-
-
-def _transfers_when_paid(payout: Payout, fee_msat: int) -> list[Transfer]:
-    def transfer(debit: str, credit: str, amount_msat: int, code: str) -> Transfer:
-        return Transfer(debit, credit, amount_msat, code, payout.id)
-
-    if payout.kind is PayoutKind.WORKER:
-        return [
-            transfer(ledger.SENDING, ledger.LIGHTNING, payout.amount_msat, "paid"),
-            transfer(ledger.ROUTING_FEES, ledger.LIGHTNING, fee_msat, "routing_fee"),
-        ]
-    # A node that exceeds its cap costs the router, not the client, who has agreed to the cap.
-    charged_msat = min(fee_msat, payout.fee_cap_msat)
-    return [
-        transfer(ledger.SENDING, ledger.LIGHTNING, payout.amount_msat + charged_msat, "paid"),
-        transfer(ledger.SENDING, payout.account, payout.fee_cap_msat - charged_msat, "fee_rest"),
-        transfer(ledger.ROUTING_FEES, ledger.LIGHTNING, fee_msat - charged_msat, "routing_fee"),
-    ]
 
 
 async def _move_payout(connection: Any, payout_id: str, to: PayoutState) -> None:

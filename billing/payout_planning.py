@@ -15,7 +15,7 @@ from billing.lightning import NodeBalance
 from billing.lightning_address import PayTerms, payable_msat
 from billing.payees import DuePayee
 from billing.payout_context import NOT_THE_PAYEES_FAULT, SOON, PayoutContext
-from billing.payout_moves import Payout
+from billing.payout_rows import Payout
 from billing.payout_settings import amount_with_cap_msat, batch_fee_cap_msat, room_msat
 from billing.payout_states import PayoutKind, PayoutState
 

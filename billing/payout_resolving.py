@@ -9,7 +9,7 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from billing import payees, payout_moves
+from billing import payees, payout_moves, payout_rows
 from billing.lightning import (
     BackendAuthError,
     BackendError,
@@ -21,7 +21,8 @@ from billing.lightning import (
 )
 from billing.payout_context import NOT_THE_PAYEES_FAULT, SOON, PayoutContext, monotonic_s
 from billing.payout_control import is_paused
-from billing.payout_moves import Attempt, Moved, Payout
+from billing.payout_moves import Moved
+from billing.payout_rows import Attempt, Payout
 from billing.payout_states import (
     EXPIRY_MARGIN,
     AskedNode,
@@ -75,7 +76,7 @@ class PayoutResolver:
                     await self._postpone_look_up(connection, payout, attempt)
             return False
         async with context.move() as connection:
-            payout, submitted = await payout_moves.load(connection, payout.id)
+            payout, submitted = await payout_rows.load(connection, payout.id)
         if submitted is None or submitted.state is not AttemptState.SUBMITTED:
             return False
         if status.state is PaymentState.NOT_FOUND:
@@ -311,5 +312,5 @@ async def _unchanged(connection: Any, payout: Payout, attempt: Attempt) -> None:
 
     Locks the payout, as the operator's decision does. Raises Moved.
     """
-    if await payout_moves.load(connection, payout.id) != (payout, attempt):
+    if await payout_rows.load(connection, payout.id) != (payout, attempt):
         raise Moved

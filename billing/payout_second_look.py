@@ -11,10 +11,10 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from billing import payout_control, payout_moves
+from billing import payout_control, payout_moves, payout_rows
 from billing.lightning import PaymentState, PaymentStatus
 from billing.payout_context import PayoutContext
-from billing.payout_moves import Attempt, Payout
+from billing.payout_rows import Attempt, Payout
 from billing.payout_states import proves
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ async def _stop(
     await payout_moves.fail(connection, payout, None, "paid_before", now=now)
     if paid is not None:
         assert paid.preimage is not None
-        earlier, _ = await payout_moves.load(connection, row["payout_id"])
+        earlier, _ = await payout_rows.load(connection, row["payout_id"])
         await payout_moves.correct(
             connection,
             earlier,

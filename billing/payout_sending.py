@@ -10,14 +10,14 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from billing import payees, payout_moves
+from billing import payees, payout_moves, payout_rows
 from billing.errors import BadLightningAddress
 from billing.lightning import NodeInfo
 from billing.lightning_address import PayTerms, RequestedInvoice
 from billing.payout_context import PayoutContext, monotonic_s
 from billing.payout_control import is_paused
-from billing.payout_moves import Attempt, Payout
 from billing.payout_resolving import PayoutResolver
+from billing.payout_rows import Attempt, Payout
 from billing.payout_second_look import failures_stand
 from billing.payout_states import OPEN_PAYOUT, SUBMIT_NEEDS, AttemptState
 
@@ -38,7 +38,7 @@ class PayoutSender:
         going_on = True
         while going_on:
             async with self._context.move() as connection:
-                payout, attempt = await payout_moves.load(connection, payout_id)
+                payout, attempt = await payout_rows.load(connection, payout_id)
                 paused = await is_paused(connection)
             if payout.state not in OPEN_PAYOUT:
                 return

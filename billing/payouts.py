@@ -2,7 +2,7 @@
 
     payouts       ★ this: one process's loop; which payouts are worked on, and whether at all
     payout_states ★ states, the rules of resolution; pure
-    payout_moves    each move with its transfers, in one transaction
+    payout_moves    each move with its transfers, in one transaction (payout_rows, payout_transfers)
     payout_planning who is due, for how much
     payout_sending  an invoice for a payout, and the request to pay it
     payout_resolving    what became of that request

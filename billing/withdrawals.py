@@ -20,8 +20,8 @@ from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning_address import LightningAddresses, payable_msat
 from billing.msat import MSAT_PER_SAT
 from billing.payout_context import Clock, Transaction
-from billing.payout_moves import Payout
 from billing.payout_records import PayoutRecord, find_payout
+from billing.payout_rows import Payout
 from billing.payout_settings import PayoutSettings, amount_with_cap_msat, fee_cap_msat
 from billing.payout_states import SUBMIT_NEEDS, PayoutKind, PayoutState
 

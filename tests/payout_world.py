@@ -19,11 +19,9 @@ import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qs
 
 from billing import ledger, payees, payout_control
 from billing.ledger import LIGHTNING, Transfer
@@ -33,8 +31,7 @@ from billing.lightning.simulated.network import Network
 from billing.lightning.simulated.payments import PaymentRecord
 from billing.lightning.simulated.wallets import ROUTER
 from billing.lightning_address import LightningAddresses
-from billing.outside_http import OutsideAnswer, OutsideHttp, OutsideHttpError
-from billing.outside_url import OutsideRules, OutsideUrl
+from billing.outside_http import OutsideHttp
 from billing.payout_records import PayoutRecord, list_payouts
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import AttemptState, PayoutState
@@ -42,10 +39,10 @@ from billing.payouts import PayoutRunner
 from billing.trial_balance import trial_balance
 from billing.withdrawals import Withdrawals
 from router.database import Database
+from tests.payout_payees import CrashNow, Fuse, PayeeHttp, PayeeServers
 
 START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 SETTINGS = PayoutSettings(pay_timeout_s=0.05)
-INVOICE_EXPIRY_S = 600
 
 
 # `earned` is what is payable, on its way and paid, of each worker.
@@ -63,97 +60,6 @@ select
         where starts_with(account, $1) group by 1) e) as earned,
     exists (select from payout_attempts where state in ('invoiced', 'submitted')
             group by payout_id having count(*) > 1) as crowded"""
-
-
-class CrashNow(BaseException):
-    """kill -9."""
-
-
-@dataclass
-class Fuse:
-    """`sparks_left` None: it never burns down. `sparks` counts the places that were passed."""
-
-    sparks_left: int | None = None
-    sparks: int = 0
-    dead: bool = False
-
-    def spark(self) -> None:
-        if self.dead or self.sparks == self.sparks_left:
-            self.dead = True
-            raise CrashNow
-        self.sparks += 1
-
-
-@dataclass
-class PayeeServers:
-    """All the LNURL-pay servers there are; each user has a wallet on the network.
-
-    `broken` gives users, or whole hosts, something that is wrong with them.
-    """
-
-    network: Network
-    min_msat: int = 1_000
-    max_msat: int = 10_000_000_000
-    expiry_s: int = INVOICE_EXPIRY_S
-    broken: dict[str, str] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    comments: list[str] = field(default_factory=list)
-    amounts_msat: list[int] = field(default_factory=list)
-    last_invoice: str = ""
-
-    async def fetch(self, url: OutsideUrl) -> OutsideAnswer:
-        self.asked.append(str(url))
-        path, _, query = url.target.partition("?")
-        user = path.rpartition("/")[2]
-        wrong = self.broken.get(user) or self.broken.get(url.host)
-        if wrong == "unreachable":
-            raise OutsideHttpError("unreachable", "the server cannot be reached")
-        if wrong == "error":
-            return self._answer(url, {"status": "ERROR", "reason": "no such user"})
-        if path.startswith("/.well-known/"):
-            return self._answer(url, self._terms(url.host, user))
-        if wrong == "no_invoice":
-            return self._answer(url, {"status": "ERROR", "reason": "out of order"})
-        fields = parse_qs(query)
-        self.comments += fields.get("comment", [])
-        self.amounts_msat.append(int(fields["amount"][0]))
-        if wrong == "same_invoice" and self.last_invoice:
-            return self._answer(url, {"pr": self.last_invoice})
-        await self.network.ensure_wallet(user)
-        made = await self.network.create_invoice(
-            user,
-            amount_msat=int(fields["amount"][0]),
-            description="for a worker",
-            expiry_s=self.expiry_s,
-        )
-        self.last_invoice = made.bolt11
-        return self._answer(url, {"pr": made.bolt11, "routes": []})
-
-    def _terms(self, host: str, user: str) -> dict[str, Any]:
-        return {
-            "tag": "payRequest",
-            "callback": f"https://{host}/cb/{user}",
-            "minSendable": self.min_msat,
-            "maxSendable": self.max_msat,
-            "commentAllowed": 64,
-            "metadata": json.dumps([["text/plain", "for a worker"]]),
-        }
-
-    def _answer(self, url: OutsideUrl, content: dict[str, Any]) -> OutsideAnswer:
-        return OutsideAnswer(200, json.dumps(content).encode(), url)
-
-
-class _Http:
-    """Stands where OutsideHttp stands: the way of one process to the payees' servers."""
-
-    def __init__(self, servers: PayeeServers, fuse: Fuse) -> None:
-        self.rules = OutsideRules()
-        self._servers = servers
-        self._fuse = fuse
-
-    async def fetch(self, url: OutsideUrl, **_: object) -> OutsideAnswer:
-        self._fuse.spark()
-        return await self._servers.fetch(url)
 
 
 class _Backend:
@@ -203,7 +109,7 @@ class Process:
         self.fuse = Fuse(sparks_left)
         self.backend = _Backend(SimulatedBackend.in_process(world.network), self.fuse)
         self.addresses = LightningAddresses(
-            cast(OutsideHttp, _Http(world.servers, self.fuse)),
+            cast(OutsideHttp, PayeeHttp(world.servers, self.fuse)),
             network="regtest",
             own_pubkey=world.pubkey,
             now=world.tick,
@@ -341,6 +247,10 @@ class World:
     async def balance_msat(self, account: str) -> int:
         async with self.database.connection() as connection:
             return await ledger.balance_msat(connection, account)
+
+    async def received_msat(self, wallet: str) -> int:
+        await self.network.ensure_wallet(wallet)
+        return sum(r.amount_received_msat for r in await self.network.received(wallet))
 
     async def sent_msat(self, payout_id: str) -> int:
         """What has left the router's node for a payout, or is leaving it, routing fees included."""

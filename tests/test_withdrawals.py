@@ -39,11 +39,6 @@ async def left_msat(world: World, account_id: str = ALICE) -> int:
     return await world.balance_msat(ledger.client(account_id))
 
 
-async def received_msat(world: World, wallet: str) -> int:
-    await world.network.ensure_wallet(wallet)
-    return sum(record.amount_received_msat for record in await world.network.received(wallet))
-
-
 async def test_an_invoice_is_paid_and_routing_charged_at_its_true_cost(world: World):
     process = world.process()
     bolt11 = await world.invoice("purse", 700_000)
@@ -57,7 +52,7 @@ async def test_an_invoice_is_paid_and_routing_charged_at_its_true_cost(world: Wo
     fee_msat = routing_fee_msat(700_000)
     assert paid.fee_msat == fee_msat
     assert await left_msat(world) == 300_000 - fee_msat
-    assert await received_msat(world, "purse") == 700_000
+    assert await world.received_msat("purse") == 700_000
     assert await world.balance_msat(ledger.SENDING) == 0
     assert await world.balance_msat(ROUTING_FEES) == 0, "not the router's cost"
     assert await world.balance_msat(LIGHTNING) == 300_000 - fee_msat
@@ -73,7 +68,7 @@ async def test_the_same_invoice_again_is_the_same_withdrawal(world: World):
     await process.runner.run_once()
     again = await process.withdrawals.by_invoice(ALICE, bolt11)
     assert (again.id, again.state) == (first.id, PayoutState.PAID)
-    assert await received_msat(world, "purse") == 300_000
+    assert await world.received_msat("purse") == 300_000
 
 
 async def test_the_same_invoice_many_times_at_once_is_one_withdrawal(world: World):
@@ -180,7 +175,7 @@ async def test_very_small_withdrawals_stay_as_credit(world: World):
         await process.withdrawals.by_address(ALICE, "purse@pay.example", 9_000)
     await process.withdrawals.by_invoice(ALICE, await world.invoice("purse", 10_000))
     await process.runner.run_once()
-    assert await received_msat(world, "purse") == 10_000
+    assert await world.received_msat("purse") == 10_000
 
 
 async def test_an_order_that_expires_before_it_is_sent_returns_everything(world: World):
@@ -199,7 +194,7 @@ async def test_an_address_is_paid_in_whole_satoshis(world: World):
     ordered = await process.withdrawals.by_address(ALICE, "Purse@Pay.Example", 250_000)
     assert ordered.target == "purse@pay.example"
     await process.runner.run_once()
-    assert await received_msat(world, "purse") == 250_000
+    assert await world.received_msat("purse") == 250_000
     assert await left_msat(world) == 750_000 - routing_fee_msat(250_000)
     with pytest.raises(BadAmount):
         await process.withdrawals.by_address(ALICE, "purse@pay.example", 250_001)
@@ -210,7 +205,7 @@ async def test_without_an_amount_all_that_can_be_withdrawn_is(world: World):
     ordered = await process.withdrawals.by_address(ALICE, "purse@pay.example")
     assert ordered.amount_msat == 995_000
     await process.runner.run_once()
-    assert await received_msat(world, "purse") == 995_000
+    assert await world.received_msat("purse") == 995_000
     assert await left_msat(world) == 5_000 - routing_fee_msat(995_000)
 
 
