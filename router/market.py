@@ -92,6 +92,11 @@ class Market:
         self._fresh_s = min(FRESH_MOST_S, took_s * REUSE_FACTOR) if took_s > CHEAP_S else 0.0
 
     @property
+    def steps(self) -> list[Step]:
+        """The queue as it was read last."""
+        return self._steps
+
+    @property
     def queue_length(self) -> int:
         return sum(step.jobs for step in self._steps)
 

@@ -14,7 +14,6 @@ from billing.payees import PayeeAddress
 from billing.payout_records import PayoutRecord
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
-from router import job_queue
 from router.core import Core
 from router.job_queue import Step
 from router.job_views import time_text
@@ -45,6 +44,7 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
     """All that a worker's owner may know of it (`GET /workers/me`)."""
     worker_id, now = row["id"], core.clock()
     live = core.fleet.get(worker_id)
+    await core.market.refresh()
     async with core.database.transaction("repeatable_read") as connection:
         sums = await payout_records.worker_sums(connection, worker_id)
         page = await payout_records.list_payouts(
@@ -56,7 +56,6 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
         )
         control = await payout_control.control_state(connection)
         events = await connection.fetch(_EVENTS, worker_id, _EVENTS_LOOKED_AT, EVENTS_SHOWN)
-        steps = await job_queue.steps(connection)
     due_at = next_due_at(
         core.payouts.settings, address, owed_msat=sums.pending_msat, owed_since=owed_since, now=now
     )
@@ -90,7 +89,7 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
             "score": round(live.reliability if live else row["reliability"], 4),
             "events": [_event(event) for event in events],
         },
-        "skips": [skip.as_json() for skip in skips(live, steps)],
+        "skips": [skip.as_json() for skip in skips(live, core.market.steps)],
         "network": core.node.network,
         "simulated": core.node.simulated,
     }
