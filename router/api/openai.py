@@ -117,7 +117,9 @@ async def _whole(
         body = shapes.error_body(problem)
         return answer(body, status=problem.status, headers=headers | problem.headers)
     body = shapes.combined(wanted.kind, jobs)
-    if wanted.base64_embeddings and wanted.kind is Kind.EMBEDDING:
+    if wanted.kind is Kind.COMPLETION:
+        body = shapes.with_echoes(body, [item.spec for item in wanted.items])
+    if wanted.base64_embeddings:
         body = shapes.base64_vectors(body)
     return answer(body, headers=headers)
 

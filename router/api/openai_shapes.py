@@ -12,7 +12,7 @@ import orjson
 from router.api.errors import Problem
 from router.job_states import State
 from router.job_views import Outcome, explain
-from worker.protocol import Kind
+from worker.protocol import CompletionSpec, JobSpec, Kind
 
 _TYPES = {
     401: "authentication_error",
@@ -54,6 +54,35 @@ def job_problem(outcome: Outcome, job_id: str) -> Problem:
             "refunded_msat": outcome.refunded_msat,
         },
     )
+
+
+def failed_usage(outcome: Outcome, job_id: str) -> dict[str, Any]:
+    """The `usage` of a choice that failed: what it cost and why, in a stream of several."""
+    counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    said = outcome.usage or {**counts, "satherd": {}}
+    facts = {
+        "job": job_id,
+        "fee_msat": outcome.charged_msat,
+        "refund_msat": outcome.refunded_msat,
+        "error": {"code": outcome.end_reason, "message": explain(outcome)},
+    }
+    return {**said, "satherd": {**said["satherd"], **facts}}
+
+
+def echoed(spec: JobSpec) -> str:
+    """What a completion repeats before its own text. Workers are not asked to: nobody pays for it."""
+    if isinstance(spec, CompletionSpec) and spec.echo and isinstance(spec.prompt, str):
+        return spec.prompt
+    return ""
+
+
+def with_echoes(body: dict[str, Any], specs: Sequence[JobSpec]) -> dict[str, Any]:
+    """A completion answer, with the prompts before the texts where that was asked."""
+    choices = [
+        {**choice, "text": echoed(specs[choice["index"]]) + choice["text"]}
+        for choice in body["choices"]
+    ]
+    return {**body, "choices": choices}
 
 
 def answered(outcome: Outcome) -> bool:

@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from router import following, requests
 from router.api import openai_shapes as shapes
 from router.api import sse
-from router.api.errors import Problem
+from router.api.errors import Problem, problem_of
 from router.api.purchase import Purchase
 from router.core import Core
+from router.database import DatabaseUnavailable
+from router.errors import RouterError
 from router.following import Event
 from router.job_states import State
 from router.job_views import Outcome
@@ -76,6 +78,9 @@ class AnswerStream:
                     yield chunk
             for chunk in writer.closing():
                 yield chunk
+        except (RouterError, DatabaseUnavailable) as error:
+            # The headers have gone out: it can only be said in the stream, which has no `[DONE]`.
+            yield sse.data(shapes.error_body(problem_of(error)))
         finally:
             await self.close()
 
@@ -98,6 +103,7 @@ class _Writer:
 
     def __init__(self, wanted: requests.Request, bought: Purchase) -> None:
         self._include_usage = wanted.include_usage
+        self._echoes = [shapes.echoed(item.spec) for item in wanted.items]
         self._job_ids = bought.job_ids
         self._begun: set[int] = set()
         self._ended: dict[int, Outcome] = {}
@@ -132,7 +138,8 @@ class _Writer:
         if index in self._begun:
             return []
         self._begun.add(index)
-        return [self._choices[index].first()]
+        choice, echo = self._choices[index], self._echoes[index]
+        return [choice.text(echo) if echo else choice.first()]
 
     def _ending(self, index: int, outcome: Outcome) -> list[bytes]:
         choice = self._choices[index]
@@ -140,7 +147,8 @@ class _Writer:
             if len(self._job_ids) == 1:
                 problem = shapes.job_problem(outcome, self._job_ids[index])
                 return [sse.data(shapes.error_body(problem))]
-            return [choice.last("error", outcome.usage)]
+            usage = shapes.failed_usage(outcome, self._job_ids[index])
+            return [*self._opening(index), choice.last("error", usage)]
         assert outcome.result is not None
         reason = outcome.result["choices"][0]["finish_reason"]
         return [*self._opening(index), choice.last(reason, outcome.usage)]
@@ -149,7 +157,10 @@ class _Writer:
         """`[DONE]` says that every answer is whole in the database; errors end without it."""
         jobs = [(job_id, self._ended[i]) for i, job_id in enumerate(self._job_ids)]
         if not any(shapes.answered(outcome) for _, outcome in jobs):
-            return []
+            if len(jobs) == 1:
+                return []  # It was said when it happened.
+            problem = shapes.job_problem(jobs[0][1], jobs[0][0])
+            return [sse.data(shapes.error_body(problem))]
         if not self._include_usage:
             return [DONE]
         only = jobs[0][1].usage if len(jobs) == 1 else None
