@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from tests.balance_tools import CHAT, balance, bearer, code, credential, paid, topup
-from tests.router_rig import Rig, running_rig
+from tests.router_rig import PATIENCE_S, Rig, running_rig
 
 # --- top-ups --------------------------------------------------------------------------------------
 
@@ -132,6 +132,49 @@ async def test_paying_into_somebodys_account_gives_no_right_to_it(router: Rig):
             bought = await router.http.post("/v1/chat/completions", json=CHAT, headers=claim)
             assert bought.status_code in (401, 402), bought.text
     assert (await balance(router, owner))["balance_msat"] == 1_001_000
+
+
+async def test_raising_somebodys_job_gives_no_right_to_his_account(router: Rig):
+    """A job's token lets anybody raise its offer; the payment's credential is not the payer's."""
+    _, owner, key = await paid(router, 100_000)
+    async with router.worker() as worker:
+        jobs = []
+        for _ in range(2):
+            reply = await router.http.post("/jobs", json={"kind": "chat", **CHAT}, headers=key)
+            assert reply.status_code == 202, reply.text
+            jobs.append(reply.json()["jobs"][0])
+        running = await worker.job()
+        waiting = next(job for job in jobs if job["id"] != running["job_id"])
+        path = f"/jobs/{waiting['id']}/bump"
+        token = {"Authorization": f"Bearer {waiting['token']}"}
+        due = await router.http.post(path, json={"offer_msat": 900_000}, headers=token)
+        assert code(due) == (402, "payment_required")
+        proof = await credential(router, due.json())
+        for claim in (proof, {"X-Claim-Token": due.json()["claim_token"]}):
+            assert code(await router.http.get("/balance", headers=claim)) == (401, "unauthorized")
+            away = await router.http.post(
+                "/balance/withdrawals",
+                json={"address": f"thief@{router.lnurl_host}"},
+                headers=claim,
+            )
+            assert code(away) == (401, "unauthorized")
+            made = await router.http.post("/balance/keys", json={}, headers=claim)
+            assert code(made) == (401, "unauthorized")
+            more = await router.http.post(
+                "/balance/topups", json={"amount_msat": 1000}, headers=claim
+            )
+            assert code(more) == (401, "unauthorized")
+            bought = await router.http.post("/v1/chat/completions", json=CHAT, headers=claim)
+            assert bought.status_code in (401, 402)
+        # What it does open is the job that it was paid for.
+        shown = await router.http.get(f"/jobs/{waiting['id']}", headers=proof)
+        assert shown.json()["held_msat"] == 900_000
+        await worker.finish(running, tokens=1)
+        await worker.serve()
+        async with asyncio.timeout(PATIENCE_S):
+            while (await balance(router, owner))["held_msat"]:
+                await asyncio.sleep(0.02)
+    assert (await router.books()).in_order
 
 
 async def test_amounts_are_rounded_up_to_whole_satoshis(router: Rig):
