@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from billing.l402 import mint
+from billing.l402_caveats import write_caveats
 from tests.balance_tools import balance, bearer, code, paid
 from tests.router_rig import Rig
 
@@ -65,6 +67,36 @@ async def test_only_who_may_withdraw_makes_and_revokes_a_key_that_may(router: Ri
         "/balance/keys", json={"withdraw": True, "limit_msat": 5}, headers=owner
     )
     assert code(both) == (400, "bad_request")
+
+
+async def narrowed(router: Rig, made: dict[str, Any], proof: dict[str, str], caveat: str) -> Any:
+    """The credential of a top-up with a restriction more, as its holder may hand it on."""
+    rows = await router.query(
+        "select token_id from invoices where payment_hash = $1", made["payment_hash"]
+    )
+    token = mint(
+        router.core.secrets,
+        payment_hash=made["payment_hash"],
+        token_id=rows[0]["token_id"].hex(),
+        caveats=(*write_caveats(), caveat),
+    )
+    return {"Authorization": f"L402 {token}:{proof['Authorization'].rpartition(':')[2]}"}
+
+
+async def test_a_narrowed_credential_gets_nothing_wider_by_way_of_a_key(router: Rig):
+    made, proof, _ = await paid(router)
+    keys_only = await narrowed(router, made, proof, "llm_capabilities=keys")
+    able = await router.http.post("/balance/keys", json={"withdraw": True}, headers=keys_only)
+    assert code(able) == (401, "unauthorized")
+    assert able.json()["error"]["reason"] == "insufficient"
+    plain = await router.http.post("/balance/keys", json={}, headers=keys_only)
+    assert plain.status_code == 201
+    looking = await narrowed(router, made, proof, "llm_capabilities=balance,topup,chat")
+    assert (await balance(router, looking))["balance_msat"] == 100_000
+    for path in ("/balance/keys", f"/balance/topups/{made['payment_hash']}/rotate"):
+        assert code(await router.http.post(path, headers=looking)) == (401, "unauthorized")
+    limited = await narrowed(router, made, proof, "llm_budget_msat=5000")
+    assert code(await router.http.get("/balance", headers=limited)) == (401, "unauthorized")
 
 
 NO_KEYS: list[dict[str, Any]] = [

@@ -109,7 +109,7 @@ async def show_topup(request: Request, payment_hash: str) -> Response:
 async def rotate_key(request: Request, payment_hash: str) -> Response:
     """A new key in place of the one that the top-up has shown, which is dead from now on."""
     core = core_of(request)
-    payer = await owner(core, request, "topup")
+    payer = await owner(core, request, "keys")
     if payer.payment_hash != payment_hash:
         await topups.find(core, payment_hash)
         raise Forbidden("only the credential or claim token of this top-up can do this")
