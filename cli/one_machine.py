@@ -8,12 +8,14 @@ where this one ended.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,31 +79,42 @@ async def one_machine(settings: UpSettings, say: Say) -> AsyncIterator[Machine]:
     children = Processes(
         settings.data_dir / "logs", show=lambda name, line: loop_lines.put_nowait((name, line))
     )
-    async with children:
-        lightning_url = await _start_lightning(settings, children, loop_lines, say)
-        settings.simulated_url = lightning_url
-        say("starting the router and its PostgreSQL")
-        server = RouterServer(create_app(settings), host=settings.host, port=settings.port)
-        await server.start()
-        core: Core = server.app.state.core
+    with _alone_in(settings.data_dir):
+        async with children, _parts(settings, children, loop_lines, say) as machine:
+            yield machine
+
+
+@asynccontextmanager
+async def _parts(
+    settings: UpSettings,
+    children: Processes,
+    loop_lines: asyncio.Queue[tuple[str, str]],
+    say: Say,
+) -> AsyncIterator[Machine]:
+    lightning_url = await _start_lightning(settings, children, loop_lines, say)
+    settings.simulated_url = lightning_url
+    say("starting the router and its PostgreSQL")
+    server = RouterServer(create_app(settings), host=settings.host, port=settings.port)
+    await server.start()
+    core: Core = server.app.state.core
+    try:
+        if settings.worker:
+            await _start_worker(settings, children, server.url, lightning_url)
+            await _until_served(core, children, loop_lines, say)
+        up_file = settings.data_dir / "up.json"
+        up_file.write_text(json.dumps({"url": server.url, "lightning": lightning_url}))
         try:
-            if settings.worker:
-                await _start_worker(settings, children, server.url, lightning_url)
-                await _until_served(core, children, loop_lines, say)
-            up_file = settings.data_dir / "up.json"
-            up_file.write_text(json.dumps({"url": server.url, "lightning": lightning_url}))
-            try:
-                yield Machine(
-                    server.url,
-                    core,
-                    children,
-                    lightning_url,
-                    settings.admin_token.get_secret_value(),
-                )
-            finally:
-                up_file.unlink(missing_ok=True)
+            yield Machine(
+                server.url,
+                core,
+                children,
+                lightning_url,
+                settings.admin_token.get_secret_value(),
+            )
         finally:
-            await server.stop()
+            up_file.unlink(missing_ok=True)
+    finally:
+        await server.stop()
 
 
 def _prepare(settings: UpSettings) -> None:
@@ -110,6 +123,24 @@ def _prepare(settings: UpSettings) -> None:
     settings.lnurl_allow_private = settings.simulated
     if not settings.admin_token.get_secret_value():
         settings.admin_token = SecretStr(kept(settings.data_dir / "admin_token", 24))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the data directory for this process. Raises CannotStart where another one has it."""
+    with (folder / "up.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CannotStart(
+                f"a Satherd (process {file.read().strip() or '?'}) is at work in {folder}: stop it,"
+                " or give --data-dir another folder"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 async def _start_lightning(
@@ -134,11 +165,16 @@ async def _start_lightning(
             ],
         )
     )
-    async with asyncio.timeout(READY_S):
-        while True:
-            name, line = await lines.get()
-            if name == "lightning" and line.startswith("ready: "):
-                return line.split()[1]
+    last = ""
+    try:
+        async with asyncio.timeout(READY_S):
+            while True:
+                name, line = await lines.get()
+                if name == "lightning" and line.startswith("ready: "):
+                    return line.split()[1]
+                last = line
+    except TimeoutError:
+        raise CannotStart(f"the simulated network did not start: {last}") from None
 
 
 def _free_port(folder: Path) -> int:
