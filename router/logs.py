@@ -1,7 +1,8 @@
 """Structured logs: one line an event, `key=value` at its end or JSON, never a secret or a prompt.
 
-Messages are written by us and carry ids and counts. A last filter blacks out whatever looks like a
-credential all the same, in case a library quotes a request.
+Messages are written by us and carry ids and counts. Of an exception its kind and its path through the
+code are kept, not its words: libraries quote in them what they were given, prompts and rows included.
+A last filter blacks out whatever looks like a credential all the same.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Iterator, MutableMapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,37 @@ def hide_secrets(
         if isinstance(value, str):
             event[key] = _SECRETS.sub(HIDDEN, value)
     return event
+
+
+def exception_without_words(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """A structlog processor that puts an exception into an event, but not what it says."""
+    given = event.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()
+    error = given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        event["exception"] = "\n".join(_path_of(error))
+    return event
+
+
+def _path_of(error: BaseException) -> Iterator[str]:
+    """Kind and frames of an exception and of what caused it, the first cause first."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _path_of(before)
+        yield "then"
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        yield from _path_of(inner)
+        yield "within"
+    yield "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    named = f"{type(error).__module__}.{type(error).__qualname__}"
+    # An errno and what PostgreSQL names a fault by are of our own making.
+    facts = [
+        (name, getattr(error, name, None)) for name in ("errno", "sqlstate", "constraint_name")
+    ]
+    yield " ".join([named, *(f"{name}={fact}" for name, fact in facts if fact)])
 
 
 def set_up(log_format: str, *, file: Path | None = None, screen_level: int = logging.INFO) -> None:
@@ -62,7 +95,7 @@ def _formatter(log_format: str, *, colors: bool) -> logging.Formatter:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        exception_without_words,
         hide_secrets,
     ]
     renderer = (

@@ -42,6 +42,8 @@ _TOKENS_SPARE = 1024
 STOP_GRACE_S = 30.0
 _MOST_UNSENT = 10_000
 
+_FRAMES = ("chunk", "chunks", "finished", "failed", "ready")
+
 BLAME = {
     FailureCode.PROMPT_TOO_LONG: "job",
     FailureCode.BAD_REQUEST: "job",
@@ -149,8 +151,10 @@ class WorkerSession:
         try:
             frame = WORKER_FRAME.validate_python(raw)
         except ValidationError as error:
-            named = str(raw.get("type"))[:20]
-            raise ProtocolViolation(f"a frame of type {named!r} is malformed") from error
+            # Only a word of ours is said again: this goes into the log.
+            named = raw.get("type")
+            kind = named if named in _FRAMES else "unknown type"
+            raise ProtocolViolation(f"a malformed frame: {kind}") from error
         match frame:
             case Chunk():
                 self._chunk(

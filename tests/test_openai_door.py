@@ -182,6 +182,7 @@ async def test_a_stream_that_breaks_off_is_an_error_after_its_text(
         with pytest.raises(openai.APIError) as broken:
             await anext(chunks)
         assert broken.value.code == "job_failed"
+        await chunks.close()
 
 
 async def test_tool_calls_whole_and_in_deltas(router: Rig, client: AsyncOpenAI):
@@ -289,9 +290,10 @@ async def test_models(router: Rig, client: AsyncOpenAI):
 async def test_every_refusal_is_the_packages_own_exception(router: Rig, client: AsyncOpenAI):
     async with router.worker():
 
-        async def ask(asker: AsyncOpenAI = client, **changes: Any) -> None:
+        async def ask(key: str = client.api_key, **changes: Any) -> None:
             given: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 5} | changes
-            await asker.chat.completions.create(**given)
+            async with sdk(router, key) as asker:
+                await asker.chat.completions.create(**given)
 
         with pytest.raises(openai.BadRequestError) as bad:
             await ask(max_tokens=-1)
@@ -304,13 +306,13 @@ async def test_every_refusal_is_the_packages_own_exception(router: Rig, client: 
             await ask(model="nowhere")
         assert unknown.value.code == "unknown_model"
         with pytest.raises(openai.AuthenticationError) as stranger:
-            await ask(sdk(router, "sk-" + "A" * 22))
+            await ask("sk-" + "A" * 22)
         assert stranger.value.type == "authentication_error"
         # A key that is none of ours, as clients without one send: what anybody without one gets.
         with pytest.raises(openai.APIStatusError) as unpaid:
-            await ask(sdk(router, "EMPTY"))
+            await ask("EMPTY")
         assert (unpaid.value.status_code, unpaid.value.code) == (402, "payment_required")
-        poor = sdk(router, await router.key(1000))
+        poor = await router.key(1000)
         with pytest.raises(openai.APIStatusError) as short:
             await ask(poor, max_tokens=1000)
         assert (short.value.status_code, short.value.code) == (402, "insufficient_balance")
