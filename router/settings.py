@@ -68,10 +68,52 @@ class Settings(BaseSettings):
 
     lightning: str = Field(
         default="simulated",
-        description="The kind of Lightning node; with `simulated` no money is real.",
+        description="The kind of Lightning node: lnd, cln, phoenixd; with `simulated` no money is"
+        " real. `satherd lightning check` tries it.",
     )
     simulated_url: str | None = Field(
         default=None, description="The simulated network to use, where `satherd up` starts none."
+    )
+    lnd_url: str | None = Field(
+        default=None, description="LND's REST interface, such as https://127.0.0.1:8080."
+    )
+    lnd_macaroon: SecretStr | None = Field(
+        default=None,
+        description="LND: the macaroon as hex, or the path of its file; for all that Satherd does,"
+        " or for invoices only (invoices:read, invoices:write).",
+    )
+    lnd_pay_macaroon: SecretStr | None = Field(
+        default=None,
+        description="LND: the macaroon for all but invoices (offchain:read, offchain:write,"
+        " info:read), where the other may not.",
+    )
+    lnd_cert: Path | None = Field(
+        default=None, description="LND: the path of its tls.cert, which is then trusted."
+    )
+    cln_url: str | None = Field(
+        default=None, description="Core Lightning's clnrest, such as https://127.0.0.1:3010."
+    )
+    cln_rune: SecretStr | None = Field(
+        default=None,
+        description="Core Lightning: the rune for all that Satherd does, or for invoice,"
+        " listinvoices, waitanyinvoice, delinvoice, getinfo and listpeerchannels.",
+    )
+    cln_pay_rune: SecretStr | None = Field(
+        default=None,
+        description="Core Lightning: the rune for xpay, listpays and listsendpays, where the other"
+        " may not.",
+    )
+    cln_cert: Path | None = Field(
+        default=None, description="Core Lightning: the path of clnrest's ca.pem."
+    )
+    phoenixd_url: str | None = Field(
+        default=None, description="phoenixd, such as http://127.0.0.1:9740."
+    )
+    phoenixd_password: SecretStr | None = Field(
+        default=None, description="phoenixd: its password, or the one of limited access."
+    )
+    phoenixd_pay_password: SecretStr | None = Field(
+        default=None, description="phoenixd: the password that may pay, where the other may not."
     )
     lnurl_allow_private: bool = Field(
         default=False,
@@ -184,3 +226,16 @@ class Settings(BaseSettings):
                 " (make one with: openssl rand -hex 32)"
             )
         return self
+
+
+def backend_settings(settings: Settings) -> dict[str, str | None]:
+    """What is set for the chosen kind of node, as `billing.lightning.connect.connect` takes it:
+    every `SATHERD_<KIND>_…` without that prefix."""
+    prefix = f"{settings.lightning}_"
+    found: dict[str, str | None] = {}
+    for name in type(settings).model_fields:
+        if name.startswith(prefix):
+            value = getattr(settings, name)
+            secret = value.get_secret_value() if isinstance(value, SecretStr) else value
+            found[name.removeprefix(prefix)] = None if secret is None else str(secret)
+    return found
