@@ -259,6 +259,20 @@ async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
     ]
 
 
+async def find_submitted(connection: Any, once: tuple[str, str], request_hash: bytes) -> str | None:
+    """The quote that was submitted as `once`. Raises IdempotencyConflict: for another request."""
+    before = await connection.fetchrow(_FIND_ONCE, [once[0]], [once[1]])
+    if before is None:
+        return None
+    _check_same(before["request_hash"], request_hash)
+    return before["quote_id"]
+
+
+def _check_same(before: bytes, now: bytes) -> None:
+    if before != now:
+        raise IdempotencyConflict("this Idempotency-Key was used for another request")
+
+
 async def _find_repeated(connection: Any, rows: list[Submission], results: list[Any]) -> None:
     named = [row.once for row in rows if row.once]
     if not named:
@@ -274,8 +288,10 @@ async def _find_repeated(connection: Any, rows: list[Submission], results: list[
 
 
 def _repeated(request_hash: bytes, quote_id: str, row: Submission) -> Any:
-    if request_hash != row.quote.request_hash:
-        return IdempotencyConflict("this Idempotency-Key was used for another request")
+    try:
+        _check_same(request_hash, row.quote.request_hash)
+    except IdempotencyConflict as conflict:
+        return conflict
     return Submitted(quote_id, repeated=True)
 
 

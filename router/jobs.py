@@ -18,7 +18,7 @@ from typing import Any
 from billing import accounts, fees, ledger
 from billing.errors import InsufficientFunds
 from billing.ledger import Transfer
-from router import job_queue
+from router import job_queue, job_store
 from router.attempts import Attempts
 from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
 from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
@@ -90,6 +90,11 @@ class Jobs:
             self._market.touch()
             self._attempts.on_work()
         return submitted
+
+    async def submitted(self, once: tuple[str, str], request_hash: bytes) -> str | None:
+        """The quote that was submitted before as `once`. Raises IdempotencyConflict."""
+        async with self._database.connection() as connection:
+            return await job_store.find_submitted(connection, once, request_hash)
 
     async def _submit(self, submission: Submission) -> Submitted:
         """Write a submission, and where the database went away in the middle, find out.

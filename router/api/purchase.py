@@ -85,8 +85,8 @@ async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchas
         if _brings_key(request):
             raise
         payer = None
-    if payer is not None and payer.payment_hash is not None:
-        before = await _bought_before(core, payer, wanted)
+    if payer is not None:
+        before = await _bought_before(core, request, wanted, payer)
         if before is not None:
             return before
     await refuse_when_closed(core)
@@ -110,13 +110,23 @@ async def refuse_when_closed(core: Core) -> None:
         raise QueueFull("the queue is full; try again later")
 
 
-async def _bought_before(core: Core, payer: Payer, wanted: requests.Request) -> Purchase | None:
-    """The jobs that this credential has paid for with this very request."""
-    assert payer.payment_hash is not None
-    quote = await core.quotes.by_payment_hash(payer.payment_hash)
-    if quote is None or quote.state != "paid" or quote.request_hash != wanted.request_hash:
+async def _bought_before(
+    core: Core, request: Request, wanted: requests.Request, payer: Payer
+) -> Purchase | None:
+    """The jobs that were bought by this very request, with this credential or Idempotency-Key.
+
+    Looked for before anything that could refuse a new purchase: what is bought may be fetched though
+    the router is paused, the price has changed, or no worker is there.
+    """
+    if payer.payment_hash is not None:
+        quote = await core.quotes.by_payment_hash(payer.payment_hash)
+        if quote and quote.state == "paid" and quote.request_hash == wanted.request_hash:
+            return await _purchase(core, quote.id, payer, cancel_when_gone=False)
+    once = _once(request, wanted, payer)
+    quote_id = await core.jobs.submitted(once, wanted.request_hash) if once else None
+    if quote_id is None:
         return None
-    return await _purchase(core, quote.id, payer, cancel_when_gone=False)
+    return await _purchase(core, quote_id, payer, cancel_when_gone=False)
 
 
 async def _from_balance(
