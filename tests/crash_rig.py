@@ -14,6 +14,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -50,21 +51,24 @@ class Part:
         self._argv = argv
         self._environment = environment
         self._healthy = healthy
-        self._process: asyncio.subprocess.Process | None = None
+        # Not asyncio's: a part outlives the event loop of the test that started it.
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._process is not None and self._process.poll() is None
 
     async def start(self) -> None:
         """Start it, without waiting until it is healthy."""
         assert not self.running
+        self._process = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SATHERD_")}
         with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *self._argv,
-                stdin=asyncio.subprocess.DEVNULL,
+            return subprocess.Popen(
+                [sys.executable, *self._argv],
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self._log.parent,
@@ -88,21 +92,21 @@ class Part:
 
     async def kill(self) -> None:
         """SIGKILL, and wait until the kernel has taken it."""
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None and self.running:
             self.kills += 1
             self._process.kill()
-            await self._process.wait()
+            await asyncio.to_thread(self._process.wait)
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if it does not listen."""
-        if self._process is None or self._process.returncode is not None:
+        if self._process is None or not self.running:
             return
         self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), 20)
-        except TimeoutError:
+            await asyncio.to_thread(self._process.wait, 20)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            await self._process.wait()
+            await asyncio.to_thread(self._process.wait)
 
     def tail(self, characters: int = 3000) -> str:
         return self._log.read_text(errors="replace")[-characters:] if self._log.exists() else ""

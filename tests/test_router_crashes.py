@@ -1,0 +1,466 @@
+"""kill -9 of the router, of PostgreSQL, of the worker: nobody's money and nobody's answer is lost.
+
+Directed crashes first, each at one chosen place between payment and answer (E6-3 of the peer rules);
+then a short run of random ones. The long form is `make chaos`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+from websockets.asyncio.client import connect
+
+from billing.trial_balance import trial_balance
+from tests.conftest import url_of
+from tests.crash_rig import Part, free_port, network_part, router_part
+from tests.router_rig import MODEL, ScriptedWorker
+
+PATIENCE_S = 20.0
+CHAT: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What happens to me in a crash?"}],
+    "max_tokens": 64,
+}
+
+
+async def until(condition: Callable[[], Awaitable[Any]], *, timeout_s: float = PATIENCE_S) -> Any:
+    """Wait until `condition()` gives something true, and return it."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if found := await condition():
+                return found
+            await asyncio.sleep(0.02)
+
+
+class Mortal:
+    """A router in a process of its own, that a test kills where it likes.
+
+    The workers live in the test, so that they go on as if nothing had happened.
+    """
+
+    def __init__(self, part: Part, url: str, network_url: str) -> None:
+        self.part = part
+        self.url = url
+        self.network_url = network_url
+        self.began_at: Any = None
+        self.database: Any = None
+        self.http: httpx.AsyncClient
+        self.network: httpx.AsyncClient
+
+    async def open(self, database_url: str) -> None:
+        """For one test: clients in its event loop, and a look at the clock of the database."""
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
+        self.network = httpx.AsyncClient(
+            base_url=self.network_url, timeout=PATIENCE_S, trust_env=False
+        )
+        self.database = await asyncpg.connect(database_url)
+        self.began_at = await self.database.fetchval("select clock_timestamp()")
+        if not self.part.running:
+            await self.start()
+
+    async def close(self) -> None:
+        await self.http.aclose()
+        await self.network.aclose()
+        await self.database.close()
+
+    async def crash(self) -> None:
+        await self.part.kill()
+
+    async def start(self) -> None:
+        await self.part.start()
+        await self.part.until_healthy()
+
+    async def pay(self, invoice: str) -> str:
+        """Pay at the network itself: the router need not be there. The preimage."""
+        paid = await self.network.post("/v1/pay", json={"invoice": invoice})
+        assert paid.status_code == 200, paid.text
+        return paid.json()["preimage"]
+
+    async def owner(self, amount_msat: int = 1_000_000) -> tuple[dict[str, str], dict[str, str]]:
+        """A new account: the headers of its key, and of its top-up, which may withdraw."""
+        made = (await self.http.post("/balance/topups", json={"amount_msat": amount_msat})).json()
+        paid = f"L402 {made['l402_token']}:{await self.pay(made['invoice'])}"
+        owner = {"Authorization": paid}
+        shown = await self.http.get(f"/balance/topups/{made['payment_hash']}", headers=owner)
+        return {"Authorization": f"Bearer {shown.json()['key']}"}, owner
+
+    async def challenge(self, **changes: Any) -> dict[str, Any]:
+        reply = await self.http.post("/v1/chat/completions", json=CHAT | changes)
+        assert reply.status_code == 402, reply.text
+        return reply.json()
+
+    def ask(self, headers: dict[str, str], **changes: Any) -> asyncio.Task[httpx.Response]:
+        return asyncio.create_task(
+            self.http.post("/v1/chat/completions", json=CHAT | changes, headers=headers)
+        )
+
+    async def jobs(self) -> list[Any]:
+        """The jobs of this test."""
+        return await self.database.fetch(
+            "select * from jobs where created_at > $1 order by created_at, index", self.began_at
+        )
+
+    async def count(self, table: str, condition: str = "true") -> int:
+        """How many rows there are that belong to jobs of this test."""
+        return await self.database.fetchval(
+            f"select count(*) from {table} t join jobs j on j.id = t.job_id"
+            f" where j.created_at > $1 and {condition}",
+            self.began_at,
+        )
+
+    async def balance_msat(self, headers: dict[str, str]) -> int:
+        return (await self.http.get("/balance", headers=headers)).json()["balance_msat"]
+
+    async def check_books(self) -> None:
+        async with self.database.transaction(isolation="repeatable_read"):
+            trial = await trial_balance(self.database)
+        assert trial.in_order, trial
+        assert not trial.lines.get("liabilities:escrow")
+
+    @asynccontextmanager
+    async def worker(self, **options: Any) -> AsyncIterator[ScriptedWorker]:
+        host = self.network_url.removeprefix("http://")
+        async with connect(self.url.replace("http", "ws") + "/worker") as socket:
+            worker = ScriptedWorker(socket, host, **options)
+            await worker.register()
+            yield worker
+
+
+@pytest.fixture(scope="module")
+def mortal_url(postgres_url: str, template: str) -> Iterator[str]:
+    """A database for all tests of this file that kill a router process."""
+
+    async def run(statement: str) -> None:
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute(statement)
+        await connection.close()
+
+    name = f"satherd_mortal_{os.getpid()}"
+    asyncio.run(run(f"create database {name} template {template}"))
+    yield url_of(postgres_url, name)
+    asyncio.run(run(f"drop database {name} with (force)"))
+
+
+@pytest.fixture(scope="module")
+def mortal_part(mortal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortal]:
+    """A router and a network, which every start goes on from."""
+    folder = tmp_path_factory.mktemp("mortal")
+    network_port, port = free_port(), free_port()
+    network_url = f"http://127.0.0.1:{network_port}"
+    network = network_part(folder, network_port)
+    part = router_part(folder, port=port, network_url=network_url, database_url=mortal_url)
+
+    async def start() -> None:
+        await network.start()
+        await network.until_healthy()
+
+    async def stop() -> None:
+        await part.kill()
+        await network.stop()
+
+    asyncio.run(start())
+    yield Mortal(part, f"http://127.0.0.1:{port}", network_url)
+    asyncio.run(stop())
+
+
+@pytest.fixture
+async def mortal(mortal_part: Mortal, mortal_url: str) -> AsyncIterator[Mortal]:
+    await mortal_part.open(mortal_url)
+    yield mortal_part
+    await mortal_part.close()
+
+
+class Reader:
+    """A client that reads a stream, and remembers what it was shown."""
+
+    def __init__(self, http: httpx.AsyncClient, headers: dict[str, str], **changes: Any) -> None:
+        self.text = ""
+        self.done = False
+        self.errors: list[dict[str, Any]] = []
+        self.at_done: Callable[[], Awaitable[None]] | None = None
+        self._body = CHAT | {"stream": True} | changes
+        self.task = asyncio.create_task(self._read(http, headers))
+
+    async def _read(self, http: httpx.AsyncClient, headers: dict[str, str]) -> None:
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=self._body, headers=headers
+        ) as reply:
+            assert reply.status_code == 200, await reply.aread()
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    self.done = True
+                    if self.at_done:
+                        await self.at_done()
+                elif line.startswith("data: "):
+                    self._take(json.loads(line.removeprefix("data: ")))
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        if "error" in chunk:
+            self.errors.append(chunk["error"])
+        for choice in chunk.get("choices", ()):
+            self.text += choice["delta"].get("content") or ""
+
+    async def until_shown(self, text: str) -> None:
+        async def shown() -> bool:
+            return self.text == text
+
+        await until(shown)
+
+
+# --- between payment and queue -----------------------------------------------------------------
+
+
+async def test_what_is_paid_while_the_router_is_dead_starts_when_it_is_back(mortal: Mortal):
+    async with mortal.worker():
+        due = await mortal.challenge()
+    await mortal.crash()
+    preimage = await mortal.pay(due["invoice"])
+    await mortal.start()
+    async with mortal.worker() as worker:
+        await worker.serve("I was paid for.")
+        paid = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+        reply = await mortal.ask(paid)
+    assert reply.json()["choices"][0]["message"]["content"] == "I was paid for."
+    assert [job["state"] for job in await mortal.jobs()] == ["succeeded"]
+    await mortal.check_books()
+
+
+async def test_what_is_paid_after_its_time_while_the_router_is_dead_is_credited(mortal: Mortal):
+    async with mortal.worker():
+        due = await mortal.challenge()
+    await mortal.crash()
+    # The quote ended before the payment, which its own invoice would still have taken.
+    for table, key, value in (
+        ("quotes", "id", due["quote"]["quote_id"]),
+        ("invoices", "payment_hash", due["payment_hash"]),
+    ):
+        await mortal.database.execute(
+            f"update {table} set expires_at = now() - interval '1 hour' where {key} = $1", value
+        )
+    preimage = await mortal.pay(due["invoice"])
+    await mortal.start()
+    paid = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+
+    async def credited() -> bool:
+        quote = await mortal.http.get(f"/quotes/{due['quote']['quote_id']}")
+        return quote.json()["state"] == "late"
+
+    await until(credited)
+    assert await mortal.balance_msat(paid) == due["amount_msat"]
+    assert [job["state"] for job in await mortal.jobs()] == ["expired"]
+    await mortal.check_books()
+
+
+async def test_a_queued_job_of_a_client_that_can_come_back_outlives_the_router(mortal: Mortal):
+    key, _ = await mortal.owner()
+    async with mortal.worker(slots=1) as worker:
+        busy = mortal.ask(key | {"Idempotency-Key": "busy"})
+        await worker.job()
+        waiting = mortal.ask(key | {"Idempotency-Key": "waiting"}, user="waits")
+        await until(lambda: mortal.count("queue"))
+        await mortal.crash()
+    await asyncio.gather(busy, waiting, return_exceptions=True)
+    await mortal.start()
+    again = [
+        mortal.ask(key | {"Idempotency-Key": "busy"}),
+        mortal.ask(key | {"Idempotency-Key": "waiting"}, user="waits"),
+    ]
+    async with mortal.worker(slots=2) as worker:
+        for _ in again:
+            await worker.serve("Here.")
+        replies = await asyncio.gather(*again)
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert [(job["state"], job["attempt"]) for job in await mortal.jobs()] == [
+        ("succeeded", 2),
+        ("succeeded", 1),
+    ]
+    await mortal.check_books()
+
+
+async def test_jobs_of_a_connection_that_died_with_the_router_are_refunded(mortal: Mortal):
+    """Without an Idempotency-Key nobody can come back for them."""
+    key, _ = await mortal.owner()
+    before = await mortal.balance_msat(key)
+    async with mortal.worker(slots=1) as worker:
+        asked = [mortal.ask(key), mortal.ask(key, user="waits")]
+        await worker.job()
+        await until(lambda: mortal.count("queue"))
+        await mortal.crash()
+    await asyncio.gather(*asked, return_exceptions=True)
+    await mortal.start()
+    assert {job["state"] for job in await mortal.jobs()} == {"cancelled"}
+    assert await mortal.balance_msat(key) == before
+    await mortal.check_books()
+
+
+# --- while a worker has it ---------------------------------------------------------------------
+
+
+async def test_a_claim_whose_assignment_was_never_sent_is_done_again(mortal: Mortal):
+    """The router died between the commit of a claim and the frame to the worker."""
+    key, _ = await mortal.owner()
+    async with mortal.worker(slots=1) as worker:
+        made = await mortal.http.post(
+            "/jobs", json=CHAT | {"kind": "chat"}, headers=key | {"Idempotency-Key": "x"}
+        )
+        job_id = made.json()["jobs"][0]["id"]
+        await worker.job()
+        await mortal.crash()
+    # Nothing was said: for the database it is the same whether the frame went out or not.
+    await mortal.start()
+    async with mortal.worker(slots=1) as worker:
+        again = await worker.serve("Done.")
+        assert (again["job_id"], again["attempt"]) == (job_id, 2)
+        await until(lambda: _state_is(mortal, job_id, "succeeded"))
+    await mortal.check_books()
+
+
+async def _is_shown(mortal: Mortal) -> bool:
+    return all(job["shown"] for job in await mortal.jobs())
+
+
+async def _state_is(mortal: Mortal, job_id: str, state: str) -> bool:
+    return state == await mortal.database.fetchval("select state from jobs where id = $1", job_id)
+
+
+async def test_what_was_shown_before_a_crash_is_charged_and_the_rest_refunded(mortal: Mortal):
+    """A reader who has seen output is not given another answer behind his back."""
+    key, _ = await mortal.owner()
+    before = await mortal.balance_msat(key)
+    async with mortal.worker() as worker:
+        reader = Reader(mortal.http, key | {"Idempotency-Key": "shown"})
+        job = await worker.job()
+        await worker.say(job, "Once upon a time", tokens=4)
+        await reader.until_shown("Once upon a time")
+        await until(lambda: _is_shown(mortal))
+        await mortal.crash()
+    with pytest.raises(httpx.HTTPError):
+        await reader.task
+    assert not reader.done
+    await mortal.start()
+    (row,) = await mortal.jobs()
+    assert (row["state"], row["end_reason"]) == ("failed", "worker_lost")
+    assert 0 < row["charged_msat"] < row["held_msat"]
+    assert json.loads(row["result"])["choices"][0]["message"]["content"] == "Once upon a time"
+    assert await mortal.balance_msat(key) == before - row["charged_msat"]
+    await mortal.check_books()
+
+
+async def test_what_nobody_was_shown_is_answered_by_the_next_worker(mortal: Mortal):
+    key, _ = await mortal.owner()
+    once = key | {"Idempotency-Key": "unseen"}
+    async with mortal.worker() as worker:
+        asked = mortal.ask(once)
+        job = await worker.job()
+        await worker.say(job, "Nobody reads this", tokens=4)
+        await until(lambda: mortal.count("job_chunks"))
+        await mortal.crash()
+    with pytest.raises(httpx.HTTPError):
+        await asked
+    await mortal.start()
+    asked = mortal.ask(once)
+    async with mortal.worker() as worker:
+        await worker.serve("but this.")
+        reply = await asked
+    assert reply.json()["choices"][0]["message"]["content"] == "but this."
+    await mortal.check_books()
+
+
+async def test_frames_of_an_attempt_that_a_crash_ended_change_nothing(mortal: Mortal):
+    """A worker that did not notice goes on with what is not its job any more (E1-1)."""
+    key, _ = await mortal.owner()
+    worker_key = "k" * 64
+    async with mortal.worker(key=worker_key) as worker:
+        asked = mortal.ask(key | {"Idempotency-Key": "late"})
+        job = await worker.job()
+        await mortal.crash()
+    with pytest.raises(httpx.HTTPError):
+        await asked
+    await mortal.start()
+    async with mortal.worker(key=worker_key) as worker:
+        asked = mortal.ask(key | {"Idempotency-Key": "late"})
+        again = await worker.job()
+        assert again["attempt"] == job["attempt"] + 1
+        await worker.say(job, "too late", tokens=2)
+        await worker.finish(job, tokens=2)
+        await worker.say(again, "in time", tokens=2)
+        await worker.finish(again, tokens=2)
+        reply = await asked
+    assert reply.json()["choices"][0]["message"]["content"] == "in time"
+    await mortal.check_books()
+
+
+# --- after the end -----------------------------------------------------------------------------
+
+
+async def test_an_answer_that_nobody_fetched_is_there_after_a_crash(mortal: Mortal):
+    due = None
+    async with mortal.worker() as worker:
+        due = await mortal.challenge()
+        preimage = await mortal.pay(due["invoice"])
+        await worker.serve("Fetch me.")
+        await until(lambda: mortal.count("attempts", "t.ended_at is not null"))
+        await mortal.crash()
+    await mortal.start()
+    paid = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+    replies = [await mortal.ask(paid) for _ in range(2)]
+    assert {reply.json()["choices"][0]["message"]["content"] for reply in replies} == {"Fetch me."}
+    assert len({reply.headers["x-satherd-job"] for reply in replies}) == 1
+    assert len(await mortal.jobs()) == 1
+    await mortal.check_books()
+
+
+# --- money on its way out ----------------------------------------------------------------------
+
+
+async def test_a_withdrawal_under_way_in_a_crash_is_paid_once(mortal: Mortal):
+    """Submitted, held by the payee, and the router dies: the next start asks before it sends."""
+    _, owner = await mortal.owner()
+    await mortal.network.post("/v1/wallets/purse/fund", json={"amount_msat": 1000})
+    terms = {"amount_msat": 50_000, "description": "change", "expiry_s": 600}
+    made = await mortal.network.post("/v1/wallets/purse/create_invoice", json=terms)
+    invoice = made.json()
+    await mortal.network.post("/v1/faults", json={"kind": "hang", "operation": "pay_invoice"})
+
+    async def order() -> str:
+        ordered = await mortal.http.post(
+            "/balance/withdrawals", json={"invoice": invoice["bolt11"]}, headers=owner
+        )
+        assert ordered.status_code == 202, ordered.text
+        return ordered.json()["id"]
+
+    payout_id = await order()
+    await until(lambda: _attempts(mortal, payout_id, "submitted"))
+    await mortal.crash()
+    # The lease of the process that paid runs out by itself; this test does not wait for it.
+    await mortal.database.execute(
+        "update billing_state set expires_at = now() where key = 'payout_lease'"
+    )
+    await mortal.start()
+    # The same order again, as a client that heard nothing would.
+    assert await order() == payout_id
+    await mortal.network.post(
+        f"/v1/payments/{invoice['payment_hash']}/resolve", json={"settle": True}
+    )
+    await until(lambda: _attempts(mortal, payout_id, "succeeded"))
+    purse = (await mortal.network.get("/v1/wallets/purse")).json()
+    assert [record["amount_received_msat"] for record in purse["received"]] == [50_000]
+    assert len(await _attempts(mortal, payout_id)) == 1
+    await mortal.check_books()
+
+
+async def _attempts(mortal: Mortal, payout_id: str, *states: str) -> list[Any]:
+    return await mortal.database.fetch(
+        "select state from payout_attempts where payout_id = $1"
+        " and (state = any($2::text[]) or $2 = '{}')",
+        payout_id,
+        list(states),
+    )
