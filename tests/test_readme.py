@@ -1,7 +1,7 @@
 """What the README says: its commands parse, its targets and paths and names exist.
 
-`satherd demo` and `satherd up`, which it promises, are run by tests/test_cli_up.py; `make test` is what
-runs this.
+`satherd demo` and `satherd up`, which it promises, are run by test_cli_demo.py and test_cli_up.py;
+`make test` is what runs this.
 """
 
 from __future__ import annotations
