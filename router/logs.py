@@ -11,11 +11,13 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+import orjson
 import structlog
 
 _SECRETS = re.compile(
@@ -24,8 +26,17 @@ _SECRETS = re.compile(
     r"|(?i:(?:L402|LSAT|Bearer|Basic)\s+)[A-Za-z0-9+/_=:.-]{8,}"
     r"|(?i:(?:preimage|macaroon|worker_key|admin_token|password)\W{1,4})[A-Za-z0-9+/_=-]{8,}"
 )
+# What each of them begins with: looking for these first is ten times cheaper, and lines are many.
+_SIGNS = ("sk-", "jt-", "l402", "lsat", "bearer", "basic", "preimage", "macaroon", "worker_key")
+_SIGNS += ("admin_token", "password")
 HIDDEN = "[hidden]"
 FILE_BYTES = 10_000_000
+
+
+def hidden(text: str) -> str:
+    """The text with whatever looks like a credential blacked out."""
+    lower = text.lower()
+    return _SECRETS.sub(HIDDEN, text) if any(sign in lower for sign in _SIGNS) else text
 
 
 def hide_secrets(
@@ -34,7 +45,7 @@ def hide_secrets(
     """A structlog processor that blacks out credentials in every text of an event."""
     for key, value in event.items():
         if isinstance(value, str):
-            event[key] = _SECRETS.sub(HIDDEN, value)
+            event[key] = hidden(value)
     return event
 
 
@@ -76,11 +87,11 @@ def set_up(log_format: str, *, file: Path | None = None, screen_level: int = log
     """
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(screen_level)
-    screen.setFormatter(_formatter(log_format, colors=sys.stderr.isatty()))
+    screen.setFormatter(formatter(log_format, colors=sys.stderr.isatty()))
     handlers: list[logging.Handler] = [screen]
     if file is not None:
         kept = RotatingFileHandler(file, maxBytes=FILE_BYTES, backupCount=2)
-        kept.setFormatter(_formatter(log_format, colors=False))
+        kept.setFormatter(formatter(log_format, colors=False))
         handlers.append(kept)
     root = logging.getLogger()
     root.handlers[:] = handlers
@@ -90,7 +101,8 @@ def set_up(log_format: str, *, file: Path | None = None, screen_level: int = log
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _formatter(log_format: str, *, colors: bool) -> logging.Formatter:
+def formatter(log_format: str, *, colors: bool) -> logging.Formatter:
+    """How a handler writes its lines; colours only where a person sits before them."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -103,7 +115,49 @@ def _formatter(log_format: str, *, colors: bool) -> logging.Formatter:
         if log_format == "json"
         else structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
     )
-    return structlog.stdlib.ProcessorFormatter(
+    whole = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
+    if colors:
+        return whole
+    return PlainLines(whole, line=json_line if log_format == "json" else text_line)
+
+
+class PlainLines(logging.Formatter):
+    """The lines that structlog's renderers would write, for a fifth of the time.
+
+    Three lines a job are nearly all that a busy router writes. What is not plain, because it carries
+    an exception, goes to the `whole` formatter.
+    """
+
+    def __init__(
+        self, whole: logging.Formatter, line: Callable[[logging.LogRecord, str], str]
+    ) -> None:
+        super().__init__()
+        self.whole = whole
+        self._line = line
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info or record.stack_info:
+            return self.whole.format(record)
+        # Before it is put in JSON, whose quotes would hide a secret from us.
+        return self._line(record, hidden(record.getMessage()))
+
+
+def text_line(record: logging.LogRecord, message: str) -> str:
+    return f"{_time(record)} [{record.levelname.lower():<9}] {message} [{record.name}]"
+
+
+def json_line(record: logging.LogRecord, message: str) -> str:
+    event = {
+        "event": message,
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "timestamp": _time(record),
+    }
+    return orjson.dumps(event).decode()
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

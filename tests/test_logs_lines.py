@@ -1,0 +1,62 @@
+"""Log lines: one shape whatever writes them, and never a secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+
+from router.logs import HIDDEN, PlainLines, formatter
+
+SECRETS = [
+    "sk-AbCdEfGhIjKlMnOpQrStUv",
+    "jt-0123456789abcdef0123456789abcdef01234567",
+    "Authorization: L402 AgEEbHNhdAJCAAD:0123456789abcdef",
+    "lsat AgEEbHNhdAJCAAD",
+    "BEARER some-token-of-somebody",
+    "preimage=00112233445566778899aabbccddeeff",
+    '"macaroon": "AgEEbHNhdAJCAAD"',
+    "worker_key='0123456789abcdef'",
+    "ADMIN_TOKEN: 0123456789abcdef",
+    "Password=correct-horse",
+]
+
+
+def record(message: str, *args: object, **more: object) -> logging.LogRecord:
+    made = logging.LogRecord("router.jobs", logging.INFO, "jobs.py", 1, message, args, None)
+    made.__dict__.update(more)
+    return made
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_never_reaches_a_line(log_format: str, secret: str):
+    line = formatter(log_format, colors=False).format(record("quoted: %s", secret))
+    assert HIDDEN in line
+    assert secret.split()[-1].split("=")[-1].strip("'\"") not in line
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_plain_lines_are_those_of_the_whole_formatter(log_format: str):
+    plain = formatter(log_format, colors=False)
+    assert isinstance(plain, PlainLines)
+    made = record("job ended job=%s charged_msat=%d", "abc", 5)
+    mine, theirs = plain.format(made), plain.whole.format(made)
+    if log_format == "json":
+        ours, whole = json.loads(mine), json.loads(theirs)
+        assert ours.pop("timestamp")[:14] == whole.pop("timestamp")[:14]
+        assert ours == whole
+    else:
+        assert mine.partition(" ")[2] == theirs.partition(" ")[2]
+        assert mine[:14] == theirs[:14] and len(mine) == len(theirs)
+
+
+def test_an_exception_goes_through_the_whole_formatter():
+    try:
+        raise ValueError("words of a library")
+    except ValueError:
+        made = record("it failed", exc_info=sys.exc_info())
+    line = formatter("text", colors=False).format(made)
+    assert "it failed" in line and "ValueError" in line and "words of a library" not in line
