@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from billing import fees
@@ -36,6 +37,12 @@ class Charge:
 NOTHING = Charge(0, 0)
 
 
+@lru_cache(maxsize=1_000)
+def rates_of(text: str) -> Rates:
+    """The rates that a job was quoted, from its row."""
+    return Rates(**json.loads(text))
+
+
 def charge(job: Claimed, delivered: Delivered, *, with_prompt_fee: bool) -> Charge:
     """The charge for a job that ran."""
     output_tokens = fees.charged_output_tokens(
@@ -44,7 +51,7 @@ def charge(job: Claimed, delivered: Delivered, *, with_prompt_fee: bool) -> Char
         utf8_bytes=delivered.utf8_bytes,
     )
     charge_msat = fees.charge_msat(
-        Rates(**json.loads(job.rates)),
+        rates_of(job.rates),
         prompt_tokens=job.prompt_tokens,
         output_tokens=output_tokens,
         multiplier_milli=job.multiplier_milli,

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from pydantic_core import PydanticSerializationError
 
 from billing import accounts, fee_schedule, fees, invoices
 from billing.fee_schedule import FeeSchedule
-from billing.fees import ONE_MILLI
+from billing.fees import ONE_MILLI, Rates
 from billing.invoices import Credit, InvoiceWatcher, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
@@ -54,6 +55,11 @@ class StoredQuote:
     created_at: datetime
     expires_at: datetime
     quote: NewQuote | None
+
+
+@lru_cache(maxsize=1_000)
+def _rates_text(rates: Rates) -> str:
+    return json.dumps(rates.as_json())
 
 
 class Fees:
@@ -223,7 +229,7 @@ class Quotes:
             kind=request.kind.value,
             model=spec.model,
             spec=_as_json(spec),
-            rates=json.dumps(schedule.rates(spec.model).as_json()),
+            rates=_rates_text(schedule.rates(spec.model)),
             prompt_tokens=item.prompt_tokens,
             max_tokens=max_tokens,
             base_fee_msat=base_msat,

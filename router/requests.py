@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from billing.msat import parse_decimal
@@ -87,16 +88,16 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     specs = _SPECS[kind](body, max_tokens or 0)
     if len(models) * len(specs) * count > limits.max_n:
         raise BadRequest(f"a request makes at most {limits.max_n} jobs", param="n")
-    items = tuple(
-        Item(
-            _for_copy(spec, model, copy),
-            prompt_tokens(
-                spec.model_dump(exclude_none=True) | _extra(body),
-                image_prompt_tokens=limits.image_prompt_tokens,
-            ),
-        )
-        for model in models
+    extra = _extra(body)
+    # What is counted is the same for every model and every copy.
+    counts = [
+        prompt_tokens(dict(spec) | extra, image_prompt_tokens=limits.image_prompt_tokens)
         for spec in specs
+    ]
+    items = tuple(
+        Item(_for_copy(spec, model, copy), tokens)
+        for model in models
+        for spec, tokens in zip(specs, counts, strict=True)
         for copy in range(count)
     )
     options = body.get("stream_options")
@@ -114,8 +115,16 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
 
 def request_hash(kind: Kind, body: Mapping[str, Any]) -> bytes:
     """SHA-256 of the body in one spelling: the same for the same request, however it was written."""
-    canonical = json.dumps([kind, body], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(_canonical([kind, body])).digest()
+
+
+def _canonical(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:
+        # An integer of more than 64 bits, or half a surrogate pair.
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return text.encode("utf-8", "surrogatepass")
 
 
 def terms_from(

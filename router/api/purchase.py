@@ -161,7 +161,7 @@ def _leaves_with_client(request: Request, payer: Payer) -> bool:
     return (
         payer.key is not None
         and "idempotency-key" not in request.headers
-        and request.url.path.startswith("/v1/")
+        and request.scope["path"].startswith("/v1/")
     )
 
 
