@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -53,3 +54,17 @@ async def balance(router: Rig, headers: dict[str, str]) -> dict[str, Any]:
 
 def code(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["code"]
+
+
+async def let_through(ask: Callable[[], Awaitable[httpx.Response]], *, most: int) -> int:
+    """How many requests were answered before one was refused as too many.
+
+    A minute that ends meanwhile lets a few more through: the windows are an approximation.
+    """
+    for count in range(most + 6):
+        reply = await ask()
+        if reply.status_code == 429:
+            assert code(reply) == (429, "too_many_requests")
+            assert int(reply.headers["Retry-After"]) > 0
+            return count
+    raise AssertionError(f"not refused after {most + 6} requests")

@@ -82,6 +82,7 @@ async def test_each_part_that_is_away_is_named(router: Rig, monkeypatch: pytest.
         return NodeInfo(core.node.pubkey, "", "", "regtest", synced=False)
 
     monkeypatch.setattr(core.backend, "node_info", behind)
+    await core.watcher.stop()
     core.watcher.stream_alive = False
     await core.dispatcher.stop()
     found = await operations.parts(core)
