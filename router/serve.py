@@ -41,6 +41,8 @@ class RouterServer:
                 ws_ping_timeout=PING_TIMEOUT_S,
                 timeout_graceful_shutdown=STREAMS_END_S,
                 access_log=False,
+                # Whom to believe about addresses is a setting of ours (router.rate_limits).
+                proxy_headers=False,
                 log_config=None,
                 log_level="warning",
                 server_header=False,

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from router.api.errors import Problem, problem_of
 from router.core import Core
@@ -58,6 +59,8 @@ def problem_answer(problem: Problem) -> Response:
 
 def noted(error: Exception, request: Request) -> Problem:
     """The problem of an error, with what nobody expected written to the log."""
+    if isinstance(error, ClientDisconnect):
+        return Problem("bad_request", "the connection ended before the body did", {})
     problem = problem_of(error)
     if problem.code == "internal_error":
         log.error(

@@ -6,6 +6,8 @@ wrapped that need not be.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -27,6 +29,11 @@ _ALLOWED = (
     b"Authorization, Content-Type, Accept, Accept-Authenticate, Idempotency-Key, Last-Event-ID,"
     b" X-Claim-Token, X-Fee-Multiplier, X-Max-Fee-Msat, X-Max-Wait-S, apikey, Client-Agent"
 )
+
+
+# How much of a body that is too large is read, to no end but a clear answer.
+DISCARD_BYTES = 64 << 20
+DISCARD_S = 10.0
 
 
 class Cors:
@@ -90,14 +97,17 @@ class BodyLimit:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
+            await _discard(receive)
             await self._refuse(send)
             return
         seen = 0
         refused = False
+        unread = True
 
         async def limited() -> Message:
-            nonlocal seen, refused
+            nonlocal seen, refused, unread
             message = await receive()
+            unread = bool(message.get("more_body"))
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self._max_bytes:
@@ -113,6 +123,8 @@ class BodyLimit:
             await self._app(scope, limited, guarded)
         finally:
             if refused:
+                if unread:
+                    await _discard(receive)
                 await self._refuse(send)
 
     async def _refuse(self, send: Send) -> None:
@@ -134,3 +146,16 @@ class BodyLimit:
             }
         )
         await send({"type": "http.response.body", "body": body})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body, within reason: a connection that is closed with something unread is
+    reset, and takes the answer with it."""
+    left = DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
