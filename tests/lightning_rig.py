@@ -186,3 +186,15 @@ async def take(rig: Rig, cursor: str | None, wanted: int) -> list[Settlement]:
                 break
     await stream.aclose()  # type: ignore[attr-defined]
     return taken
+
+
+async def beginning(rig: Rig) -> str | None:
+    """A cursor from which everything that is settled from now on is streamed.
+
+    For a replayable stream it is that of a first settlement: LND replays nothing without one.
+    """
+    if rig.backend.capabilities.push != "cursor":
+        return None
+    first = await ask(rig)
+    await rig.pay_us(first.bolt11)
+    return (await rig.backend.lookup_invoice(first.payment_hash)).cursor

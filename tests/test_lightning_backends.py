@@ -32,16 +32,24 @@ from tests.lightning_rig import (
     SimulatedRig,
     answers,
     ask,
+    beginning,
     hash_of,
     pay,
     take,
     until,
 )
+from tests.stand_ins.rig import StandInRig
+
+SIMULATED = ["simulated in process", "simulated over HTTP"]
+STAND_INS = ["lnd (stand-in)", "cln (stand-in)", "phoenixd (stand-in)"]
 
 
-@pytest.fixture(params=["simulated in process", "simulated over HTTP"])
+@pytest.fixture(params=[*SIMULATED, *STAND_INS])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
-    rig = SimulatedRig(tmp_path, over_http=request.param == "simulated over HTTP")
+    if request.param in SIMULATED:
+        rig = SimulatedRig(tmp_path, over_http=request.param == "simulated over HTTP")
+    else:
+        rig = StandInRig(tmp_path, request.param.partition(" ")[0])
     await rig.start()
     yield rig
     # Whatever a test has done to the nodes, no money may have come from nowhere or gone there.
@@ -55,7 +63,8 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
 async def test_it_says_what_it_is(rig: Rig) -> None:
     info = await rig.backend.node_info()
     assert info.network == "regtest"
-    assert info.simulated
+    # Of the others it is not the node's answer that says so, but that no real one was asked.
+    assert info.simulated is (rig.backend.name == "simulated")
     assert info.synced
     assert len(bytes.fromhex(info.pubkey)) == 33
 
@@ -65,10 +74,12 @@ async def test_it_says_what_it_is(rig: Rig) -> None:
 
 async def test_an_invoice_says_what_was_asked_for(rig: Rig) -> None:
     before = datetime.now(UTC) - timedelta(seconds=2)
-    invoice = await ask(rig, 12_345, expiry_s=90)
+    # Where the node can, an amount that is no whole number of satoshis.
+    asked_msat = 12_345 if rig.backend.capabilities.granularity_msat == 1 else 12_000
+    invoice = await ask(rig, asked_msat, expiry_s=90)
     decoded = bolt11_codec.decode(invoice.bolt11)
     assert decoded.network == "regtest"
-    assert decoded.amount_msat == invoice.amount_msat == 12_345
+    assert decoded.amount_msat == invoice.amount_msat == asked_msat
     assert decoded.payment_hash == invoice.payment_hash
     assert decoded.expires_at == invoice.expires_at
     assert decoded.expiry_s == 90
@@ -143,16 +154,25 @@ async def test_an_invoice_is_paid_once(rig: Rig) -> None:
 async def test_an_invoice_expires_unpaid(rig: Rig) -> None:
     invoice = await ask(rig, expiry_s=60)
     await rig.pass_time(61)
-    assert (await rig.backend.lookup_invoice(invoice.payment_hash)).state is InvoiceState.EXPIRED
+    # LND cancels it by itself, which is more.
+    state = (await rig.backend.lookup_invoice(invoice.payment_hash)).state
+    assert state in (InvoiceState.EXPIRED, InvoiceState.CANCELED)
     with pytest.raises(BackendRejected):
         await rig.pay_us(invoice.bolt11)
 
 
 async def test_a_canceled_invoice_can_never_settle(rig: Rig) -> None:
     invoice = await ask(rig)
+    if not rig.backend.capabilities.cancel_invoice:
+        assert not await rig.backend.cancel_invoice(invoice.payment_hash)
+        await rig.pay_us(invoice.bolt11)
+        return
     assert await rig.backend.cancel_invoice(invoice.payment_hash)
-    assert await rig.backend.cancel_invoice(invoice.payment_hash)
-    assert (await rig.backend.lookup_invoice(invoice.payment_hash)).state is InvoiceState.CANCELED
+    # CLN deletes it, and then knows nothing of it; twice is harmless all the same.
+    forgets = rig.backend.name == "cln"
+    assert await rig.backend.cancel_invoice(invoice.payment_hash) is not forgets
+    state = (await rig.backend.lookup_invoice(invoice.payment_hash)).state
+    assert state is (InvoiceState.NOT_FOUND if forgets else InvoiceState.CANCELED)
     with pytest.raises(BackendRejected):
         await rig.pay_us(invoice.bolt11)
 
@@ -186,22 +206,28 @@ async def test_an_invoice_lost_on_its_way_is_found_again_by_its_key(rig: Rig) ->
 
 
 async def test_settlements_come_in_order_and_resume_after_a_cursor(rig: Rig) -> None:
+    start = await beginning(rig)
     invoices = [await ask(rig, 1_000 * n) for n in (1, 2, 3, 4)]
     for invoice in invoices:
         await rig.pay_us(invoice.bolt11)
 
-    settlements = await take(rig, None, 4)
+    settlements = await take(rig, start, 4)
 
     assert [s.payment_hash for s in settlements] == [i.payment_hash for i in invoices]
     assert [s.amount_received_msat for s in settlements] == [1_000, 2_000, 3_000, 4_000]
     assert all(settlement.settled_at.tzinfo is not None for settlement in settlements)
-    assert await take(rig, settlements[1].cursor, 2) == settlements[2:]
+    if rig.backend.capabilities.push == "cursor":
+        assert await take(rig, settlements[1].cursor, 2) == settlements[2:]
+    else:
+        # With some overlap, which is recorded once, and without a gap.
+        assert (await take(rig, settlements[1].cursor, 4))[2:] == settlements[2:]
     looked_up = await rig.backend.lookup_invoice(invoices[2].payment_hash)
     assert looked_up.cursor == settlements[2].cursor
 
 
 async def test_a_settlement_comes_while_one_listens(rig: Rig) -> None:
-    listening = asyncio.create_task(take(rig, None, 2))
+    start = await beginning(rig)
+    listening = asyncio.create_task(take(rig, start, 2))
     invoices = [await ask(rig), await ask(rig)]
     for invoice in invoices:
         await rig.pay_us(invoice.bolt11)
@@ -210,24 +236,48 @@ async def test_a_settlement_comes_while_one_listens(rig: Rig) -> None:
 
 
 async def test_a_broken_stream_says_so_and_loses_nothing(rig: Rig) -> None:
+    start = await beginning(rig)
     invoices = [await ask(rig) for _ in range(3)]
-    for invoice in invoices:
-        await rig.pay_us(invoice.bolt11)
+    replayed = rig.backend.capabilities.push == "cursor"
     await rig.go_wrong(FaultKind.DROP_AFTER, "settlements")
+    if replayed:
+        for invoice in invoices:
+            await rig.pay_us(invoice.bolt11)
     seen: list[Settlement] = []
-    with pytest.raises((OutcomeUnknown, BackendUnavailable)):
-        async for settlement in rig.backend.settlements(None):
+
+    async def listen() -> None:
+        async for settlement in rig.backend.settlements(start):
             seen.append(settlement)
-    assert len(seen) == 1
-    seen += await take(rig, seen[-1].cursor, 2)
-    assert [s.payment_hash for s in seen] == [i.payment_hash for i in invoices]
+
+    async def pay_them_all() -> None:
+        # One after another, so that there is a live one to break at.
+        while not replayed and len(seen) < 1:
+            await rig.pay_us(invoices[0].bolt11)
+            await asyncio.sleep(0.02)
+        for invoice in invoices[1:]:
+            await rig.pay_us(invoice.bolt11)
+
+    with pytest.raises((OutcomeUnknown, BackendUnavailable)):
+        async with asyncio.timeout(SOON_S):
+            await asyncio.gather(listen(), pay_them_all())
+    # Of phoenixd's the first may have come before its stream, in the history.
+    assert 1 <= len(seen) <= (1 if replayed else 2)
+    hashes = [invoice.payment_hash for invoice in invoices]
+    assert [settlement.payment_hash for settlement in seen] == hashes[: len(seen)]
+    await pay_them_all()
+    if replayed:
+        seen += await take(rig, seen[-1].cursor, 2)
+    else:
+        seen = await take(rig, seen[-1].cursor, 3)
+    assert [settlement.payment_hash for settlement in seen] == hashes
 
 
 async def test_an_unpaid_invoice_is_in_no_stream(rig: Rig) -> None:
+    start = await beginning(rig)
     await ask(rig)
     paid = await ask(rig)
     await rig.pay_us(paid.bolt11)
-    assert [s.payment_hash for s in await take(rig, None, 1)] == [paid.payment_hash]
+    assert [s.payment_hash for s in await take(rig, start, 1)] == [paid.payment_hash]
 
 
 # Paying
@@ -242,7 +292,9 @@ async def test_a_payment_succeeds_with_a_preimage_that_proves_it(rig: Rig) -> No
     assert status.amount_msat == 50_000
     assert status.fee_msat is not None and 0 <= status.fee_msat <= ENOUGH_FEE_MSAT
     after = await rig.backend.balance()
-    assert after.spendable_msat == before.spendable_msat - 50_000 - status.fee_msat
+    rounding_msat = rig.backend.capabilities.granularity_msat
+    spent_msat = before.spendable_msat - after.spendable_msat
+    assert abs(spent_msat - 50_000 - status.fee_msat) < rounding_msat
     assert after.pending_msat == 0
     assert await rig.backend.lookup_payment(hash_of(bolt11)) == status
 
@@ -287,12 +339,17 @@ async def test_a_payment_that_fails_late_is_in_flight_until_then(rig: Rig) -> No
     bolt11 = await rig.their_invoice(50_000)
     before = await rig.backend.balance()
     await rig.go_wrong(FaultKind.FAIL_LATE, "pay_invoice", delay_s=30)
+    granularity_msat = rig.backend.capabilities.granularity_msat
     status = await pay(rig, bolt11, timeout_s=0.05)
     assert status.state is PaymentState.IN_FLIGHT
     held = await rig.backend.balance()
-    assert held.pending_msat > 50_000
-    assert held.spendable_msat == before.spendable_msat - held.pending_msat
-    await rig.pass_time(31)
+    # phoenixd's pending amount is without the fee.
+    assert held.pending_msat > 50_000 or granularity_msat == 1000
+    assert held.pending_msat >= 50_000
+    taken_msat = before.spendable_msat - held.spendable_msat
+    assert taken_msat == held.pending_msat or (granularity_msat == 1000 and taken_msat > 50_000)
+    # Long enough for every node to have given up on new attempts too.
+    await rig.pass_time(31 + 120)
     ended = await until(lambda: rig.backend.lookup_payment(hash_of(bolt11)), PaymentState.FAILED)
     assert ended.preimage is None
     assert await rig.backend.balance() == before
@@ -430,14 +487,17 @@ async def test_an_empty_node_pays_nothing(rig: Rig) -> None:
 
 
 async def test_routing_above_the_limit_is_refused(rig: Rig) -> None:
+    """Some nodes have no word for it but that there is no route."""
     bolt11 = await rig.their_invoice(50_000)
-    if not rig.backend.capabilities.fee_limit:
-        pytest.skip("this node takes no fee limit; callers use worst_case_fee_msat")
-    with pytest.raises(BackendRejected) as refusal:
-        await rig.backend.pay_invoice(
+    try:
+        status = await rig.backend.pay_invoice(
             bolt11, max_fee_msat=0, timeout_s=SOON_S, max_cltv_blocks=None
         )
-    assert refusal.value.reason == "fee_limit"
+    except BackendRejected as refusal:
+        assert refusal.reason == "fee_limit"
+    else:
+        assert status.state in (PaymentState.FAILED, PaymentState.UNKNOWN)
+        assert status.failure_code == "no_route"
     assert await rig.left_msat(hash_of(bolt11)) == 0
 
 
@@ -504,7 +564,8 @@ async def test_a_restarted_node_knows_what_it_knew(rig: Rig) -> None:
     assert (await rig.backend.lookup_payment(hash_of(held))).state is PaymentState.IN_FLIGHT
     await rig.resolve(hash_of(held), settle=True)
     assert (await rig.backend.lookup_payment(hash_of(held))).state is PaymentState.SUCCEEDED
-    [first] = await take(rig, None, 1)
+    first = await rig.backend.lookup_invoice(received.payment_hash)
     await rig.pay_us(open_still.bolt11)
-    [second] = await take(rig, first.cursor, 1)
+    replayed = rig.backend.capabilities.push == "cursor"
+    *_, second = await take(rig, first.cursor, 1 if replayed else 2)
     assert second.payment_hash == open_still.payment_hash

@@ -12,7 +12,12 @@ from billing.errors import BillingError
 from billing.lightning import LightningBackend
 
 # Each module has `from_settings(**settings) -> LightningBackend`.
-BACKENDS = {"simulated": "billing.lightning.simulated.backend"}
+BACKENDS = {
+    "simulated": "billing.lightning.simulated.backend",
+    "lnd": "billing.lightning.lnd",
+    "cln": "billing.lightning.cln",
+    "phoenixd": "billing.lightning.phoenixd",
+}
 
 
 class UnknownBackend(BillingError):

@@ -85,11 +85,13 @@ def create(
     idempotency_key: str | None,
     now_s: float,
     hash_description: bool = False,
+    preimage: bytes | None = None,
 ) -> InvoiceRecord:
-    """A new invoice, or the one that this key has made before.
+    """A new invoice, or the one that this key has made before; `preimage` is drawn unless given.
 
     `hash_description` puts the SHA-256 of the description into the invoice, as LNURL-pay has it.
-    Raises Refused when the key was used for other terms, and BadInvoice on impossible ones.
+    Raises Refused when the key was used for other terms or the preimage at all, and BadInvoice on
+    impossible terms.
     """
     owner = wallets.find(transaction, wallet)
     if not 0 < expiry_s <= EXPIRY_MAX_S:
@@ -105,8 +107,11 @@ def create(
             if terms != (amount_msat, description, expiry_s):
                 raise Refused("conflict", "this key has made an invoice with other terms")
             return _record(row, now_s)
-    preimage = secrets.token_bytes(32)
+    if preimage is None:
+        preimage = secrets.token_bytes(32)
     payment_hash = sha256(preimage).digest()
+    if transaction.row("SELECT 1 FROM invoice WHERE payment_hash = ?", payment_hash.hex()):
+        raise Refused("conflict", "there is an invoice with this payment hash")
     bolt11 = bolt11_codec.sign(
         wallets.key_of(owner.secret),
         prefix=PREFIX,

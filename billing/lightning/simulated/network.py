@@ -107,6 +107,7 @@ class Network:
         expiry_s: int,
         idempotency_key: str | None = None,
         hash_description: bool = False,
+        preimage: bytes | None = None,
     ) -> InvoiceRecord:
         def act(transaction: Transaction) -> InvoiceRecord:
             return invoices.create(
@@ -118,6 +119,7 @@ class Network:
                 idempotency_key=idempotency_key,
                 now_s=self._clock(),
                 hash_description=hash_description,
+                preimage=preimage,
             )
 
         try:
