@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -48,7 +48,7 @@ from router.api.middleware import BodyLimit, Cors
 from router.api.shortcut import Shortcut
 from router.attempts import Attempts
 from router.core import Core
-from router.database import BatchingWriter, Database, migrate, patiently
+from router.database import BatchingWriter, Database, DatabaseUnavailable, migrate, patiently
 from router.dispatcher import Dispatcher
 from router.embedded_postgres import EmbeddedPostgres
 from router.job_stream import StreamHub
@@ -316,13 +316,21 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         core.payouts,
     ):
         part.start()
-        stack.push_async_callback(part.stop)
+        stack.push_async_callback(_stop, part.stop)
     lost = await patiently(core.maintenance.take_back_own, patience_s=OWN_PATIENCE_S)
     await patiently(core.maintenance.cancel_abandoned, patience_s=OWN_PATIENCE_S)
     if lost:
         log.warning("%d jobs were running when this router last stopped", lost)
     refresh = asyncio.create_task(_refresh_for_ever(core), name="runtime-settings")
     stack.callback(refresh.cancel)
+
+
+async def _stop(stop: Callable[[], Awaitable[None]]) -> None:
+    """Stop a part; a database that is gone keeps none of the others from stopping."""
+    try:
+        await stop()
+    except DatabaseUnavailable as error:
+        log.warning("stopped without the database: %s", error)
 
 
 async def _load(core: Core) -> None:
