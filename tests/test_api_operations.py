@@ -83,6 +83,7 @@ async def test_each_part_that_is_away_is_named(router: Rig, monkeypatch: pytest.
 
     monkeypatch.setattr(core.backend, "node_info", behind)
     await core.watcher.stop()
+    await core.watcher.stop()  # or it may say in a moment that it is alive
     core.watcher.stream_alive = False
     await core.dispatcher.stop()
     found = await operations.parts(core)
