@@ -72,6 +72,17 @@ async def workers_left(router: Rig, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def info(router: Rig, *, waiting: int = 0) -> dict[str, Any]:
+    """What it says once it has seen so many jobs wait: a snapshot that took long is used for long."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            reply = await router.http.get("/info")
+            assert reply.status_code == 200, reply.text
+            if reply.json()["queue_length"] == waiting:
+                return reply.json()
+            await asyncio.sleep(0.05)
+
+
 async def let_quotes_expire(router: Rig) -> None:
     """Make the time of all open quotes and invoices be over; the node still takes payments."""
     past = timedelta(seconds=1)

@@ -10,6 +10,7 @@ from tests.door_tools import (
     Stream,
     code,
     event_stream,
+    info,
     let_quotes_expire,
     post_job,
     said,
@@ -35,6 +36,7 @@ async def test_a_stream_tells_states_places_output_and_the_end(router: Rig):
         await post_job(router, payer)
         busy = await worker.job()
         links = await post_job(router, payer, fee_multiplier="1.5")
+        await info(router, waiting=1)
         async with event_stream(router, links["events_url"], token(links)) as stream:
             first = await stream.next()
             assert (first.name, first.data["state"]) == ("state", "queued")

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from billing.fees import Rates
 from tests.door_tools import CHAT, RATES, balance_msat, code, set_rates, until_state
 from tests.router_rig import Rig
 
@@ -110,7 +111,7 @@ async def test_credentials_that_are_forged_or_foreign_get_no_challenge_and_no_an
             reply = await ask(router, CHAT, ("Authorization", value))
             assert code(reply) == (401, "unauthorized"), (what, reply.text)
             assert "www-authenticate" not in reply.headers and "invoice" not in reply.json()
-        assert preimage not in reply.text
+            assert preimage not in reply.text
         claims = [("X-Claim-Token", "x" * 32), ("X-Claim-Token", due["payment_hash"])]
         for claim in claims:
             assert (await ask(router, CHAT, claim)).status_code == 401
@@ -162,7 +163,7 @@ async def test_another_request_is_paid_from_the_account_or_challenged_afresh(rou
         # Both are names for one account, and change of both lies there.
         assert await balance_msat(router, newer) == await balance_msat(router, proof)
         cheap = OTHER | {"max_tokens": 1, "user": "third"}
-        await set_rates(router, RATES.__class__(100, 0, 0))
+        await set_rates(router, Rates(100, 0, 0))
         served = asyncio.create_task(worker.serve("z"))
         replies = await asyncio.gather(
             *(router.http.post(PATH, json=cheap, headers=proof) for _ in range(5))
