@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .satherd/demo
 
-.PHONY: demo up test lint bench clean help
+.PHONY: demo up test lint bench chaos clean help
 
 demo: $(VENV)/.engine ## play the whole paid story once
 	@$(BIN)/satherd demo --data-dir $(DEMO_DIR)
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## measure; docs/performance.md quotes it
 	$(BIN)/python -m bench.run
+
+chaos: $(VENV)/.dev ## kill -9 at random moments under load, and check the books (CHAOS="--minutes 30")
+	$(BIN)/python -m bench.chaos $(CHAOS)
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Satherd needs Python 3.11 or 3.12 (apt-get install python3-venv)"; exit 1; }
