@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -136,11 +137,38 @@ async def test_openapi_holds_the_error_codes_and_the_ways_to_pay(router: Rig) ->
     assert listed == STATUSES
     codes = document["components"]["schemas"]["Problem"]["properties"]["error"]["properties"]
     assert codes["code"]["enum"] == list(STATUSES)
-    assert set(document["components"]["securitySchemes"]) == {"key", "l402", "claim"}
+    ways = document["components"]["securitySchemes"]
+    assert set(ways) == {"key", "l402", "claim", "admin", "worker"}
+    assert document["paths"]["/admin/fees"]["put"]["security"] == [{"admin": []}]
+    assert {"key": []} in document["paths"]["/v1/chat/completions"]["post"]["security"]
+    assert "security" not in document["paths"]["/info"]["get"]
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert "422" not in operation["responses"], path
             assert operation["responses"]["default"] == {"$ref": "#/components/responses/Problem"}
+
+
+def test_the_operations_of_api_md_exist() -> None:
+    paths = create_app(Settings(_env_file=None)).openapi()["paths"]  # pyright: ignore[reportCallIssue]
+    named = re.findall(r"`(GET|POST|PUT|DELETE) (/[^\s`]*)", (DOCS / "api.md").read_text())
+    assert len(named) > 15
+    for method, path in named:
+        assert method.lower() in paths.get(path, {}), f"{method} {path}"
+
+
+async def test_the_headers_of_api_md_are_those_of_an_answer(router: Rig) -> None:
+    text = (DOCS / "api.md").read_text()
+    headers = re.findall(r"`(X-Satherd-[\w-]+)`", text)
+    assert len(headers) == 4
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+    key = await router.bearer()
+    async with router.worker() as worker:
+        asked = asyncio.create_task(
+            router.http.post("/v1/chat/completions", json=body, headers=key)
+        )
+        await worker.serve()
+        answer = await asked
+    assert set(headers) <= {name.title() for name in answer.headers}
 
 
 def test_each_example_body_belongs_to_an_operation() -> None:

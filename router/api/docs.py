@@ -64,6 +64,25 @@ _SECURITY = {
         "name": "X-Claim-Token",
         "description": "The `claim_token` that came with an invoice, for wallets that hide preimages.",
     },
+    "admin": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The operator's `SATHERD_ADMIN_TOKEN`.",
+    },
+    "worker": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A worker's own key, which its earnings belong to.",
+    },
+}
+_PAYER = ["key", "l402", "claim"]
+# tag -> what opens its operations; paid ones answer 402 to whoever brings nothing.
+_OPENED_BY = {
+    "quotes and jobs": _PAYER,
+    "OpenAI": _PAYER,
+    "balance": _PAYER,
+    "admin": ["admin"],
+    "workers": ["worker"],
 }
 
 _HEADERS = {
@@ -140,6 +159,9 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
             # Nothing here is checked by FastAPI, so its own error never comes.
             operation["responses"].pop("422", None)
             operation["responses"]["default"] = {"$ref": "#/components/responses/Problem"}
+            ways = [way for tag in operation.get("tags", []) for way in _OPENED_BY.get(tag, [])]
+            if ways:
+                operation["security"] = [{way: []} for way in ways]
             example = EXAMPLES.get((method, path))
             if example is not None:
                 operation["requestBody"] = {

@@ -21,9 +21,12 @@ function table(heads, rows) {
   return make("table", [make("thead", head), make("tbody", body)]);
 }
 
-function curl(method, path, example) {
+function curl(method, path, operation, example) {
   const lines = [`curl ${location.origin}${path.replaceAll("{", "").replaceAll("}", "")}`];
   if (method !== "get" && !(method === "post" && example)) lines[0] += ` -X ${method.toUpperCase()}`;
+  const ways = (operation.security || []).map((way) => Object.keys(way)[0]);
+  const bearer = { key: "sk-…", admin: "ADMIN_TOKEN", worker: "WORKER_KEY" }[ways[0]];
+  if (bearer) lines.push(`-H 'Authorization: Bearer ${bearer}'`);
   if (example) {
     lines.push("-H 'Content-Type: application/json'");
     lines.push(`-d '${JSON.stringify(example, null, 1).replaceAll("'", "'\\''")}'`);
@@ -39,7 +42,7 @@ function operationOf(path, method, operation) {
     p.name, p.in + (p.required ? ", needed" : ""), prose(p.description || p.schema?.type),
   ]);
   if (parameters.length) body.push(table(["parameter", "where", "meaning"], parameters));
-  body.push(make("pre", curl(method, path, example)));
+  body.push(make("pre", curl(method, path, operation, example)));
   return make("details", [
     make("summary", [
       make("span", method.toUpperCase(), { class: "method" }),
