@@ -86,6 +86,11 @@ class JobRow(SQLModel, table=True):
         ),
         Index("jobs_wipe", "wipe_at", postgresql_where=text("wipe_at is not null")),
         Index("jobs_created", "created_at"),
+        Index(
+            "jobs_alive_of_account",
+            "account_id",
+            postgresql_where=text("state in ('queued', 'running')"),
+        ),
     )
     id: str = Field(sa_column=Column(Text, primary_key=True))
     quote_id: str = Field(sa_column=Column(Text, nullable=False))

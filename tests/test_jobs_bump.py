@@ -151,3 +151,21 @@ async def test_a_bump_counts_against_the_limit_of_the_key_that_bought_the_job(ro
         await until_state(router, links["id"], "succeeded")
         keys = (await router.http.get("/balance/keys", headers=owner)).json()["keys"]
         assert [key["spent_msat"] for key in keys if key["limit_msat"]] == [2819]
+
+
+async def test_paying_a_bump_opens_that_job_and_no_other_of_its_account(router: Rig):
+    """Whoever holds a job's token may raise it; that makes nobody the owner of the account."""
+    await set_rates(router, RATES)
+    payer = await router.bearer(4000)
+    async with router.worker() as worker:
+        await busy_worker(router, worker)
+        raised, other = await post_job(router, payer), await post_job(router, payer)
+        due = (await bump(router, raised, offer_msat=9064)).json()
+        credential = {
+            "Authorization": f"L402 {due['l402_token']}:{await router.pay(due['invoice'])}"
+        }
+        assert (await router.http.get(raised["status_url"], headers=credential)).status_code == 200
+        refused = await router.http.get(other["status_url"], headers=credential)
+        assert code(refused) == (403, "forbidden")
+        refused = await router.http.delete(other["status_url"], headers=credential)
+        assert code(refused) == (403, "forbidden")

@@ -217,6 +217,13 @@ def upgrade() -> None:
         sa.CheckConstraint("held_msat >= 0", name="jobs_held"),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_index(
+        "jobs_alive_of_account",
+        "jobs",
+        ["account_id"],
+        unique=False,
+        postgresql_where=sa.text("state in ('queued', 'running')"),
+    )
     op.create_index("jobs_created", "jobs", ["created_at"], unique=False)
     op.create_index("jobs_quote", "jobs", ["quote_id", "index"], unique=False)
     op.create_index(
@@ -525,6 +532,11 @@ def downgrade() -> None:
     op.drop_index("jobs_running", table_name="jobs", postgresql_where=sa.text("state = 'running'"))
     op.drop_index("jobs_quote", table_name="jobs")
     op.drop_index("jobs_created", table_name="jobs")
+    op.drop_index(
+        "jobs_alive_of_account",
+        table_name="jobs",
+        postgresql_where=sa.text("state in ('queued', 'running')"),
+    )
     op.drop_table("jobs")
     op.drop_table("job_chunks")
     op.drop_index(op.f("ix_invoices_account_id"), table_name="invoices")

@@ -318,6 +318,9 @@ async def _open(core: Core, request: Request, job_id: str) -> Any:
     row = await core.jobs.row(job_id)
     if row["account_id"] != payer.account_id:
         raise Forbidden("this job belongs to somebody else")
+    # Whoever holds a job's token may have raised it: that payment opens this job, not its account's.
+    if not payer.owns_account and (payer.reference or "").partition(":")[0] != job_id:
+        raise Forbidden("this payment was for another job")
     return row
 
 
