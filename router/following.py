@@ -9,8 +9,9 @@ done      it ended, and the ending is in the database
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,41 @@ async def outcome(jobs: Jobs, job_id: str) -> Outcome:
             await stream.changed()
         return stream.outcome
     finally:
-        _leave(jobs, stream)
+        leave(jobs, stream)
+
+
+async def find(jobs: Jobs, job_id: str) -> JobStream | Outcome:
+    """The stream of a job that is alive, or how it ended. Raises NoSuchJob, JobWiped."""
+    stream = jobs.hub.get(job_id)
+    if stream is not None:
+        return stream
+    stream, row = await _attach(jobs, job_id)
+    return _readable(outcome_of(row)) if stream is None else stream
+
+
+def keep(stream: JobStream) -> JobStream:
+    """Count as a reader of a stream, so that it stays in memory until `leave`."""
+    stream.readers += 1
+    return stream
+
+
+async def until_output(jobs: Jobs, stream: JobStream, *, within_s: float) -> None:
+    """Wait until a job has said something or has ended, but not for longer than this.
+
+    Raises AnswerDelayed. What it has said does not count as shown: nobody has been given it.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            while not stream.pieces and stream.outcome is None:
+                _refuse_long_wait(jobs, stream)
+                await stream.changed()
+    except TimeoutError:
+        return
 
 
 async def follow(
     jobs: Jobs, job_id: str, *, after_seq: int | None = None, place_at_once: bool = False
-) -> AsyncIterator[Event | None]:
+) -> AsyncGenerator[Event | None, None]:
     """The events of a job from a reader's place on, until `done`.
 
     `place_at_once`: the first `position` comes with the first event; otherwise only to a reader
@@ -77,7 +107,7 @@ async def follow(
         async for event in reader.events():
             yield event
     finally:
-        _leave(jobs, stream)
+        leave(jobs, stream)
 
 
 class _Reader:
@@ -246,7 +276,8 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return pieces
 
 
-def _leave(jobs: Jobs, stream: JobStream) -> None:
+def leave(jobs: Jobs, stream: JobStream) -> None:
+    """Be a reader no more."""
     stream.readers -= 1
     if stream.outcome is not None and not stream.readers:
         jobs.hub.drop(stream.job_id)

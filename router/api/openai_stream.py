@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from router import following, requests
 from router.api import openai_shapes as shapes
@@ -16,6 +17,7 @@ from router.database import DatabaseUnavailable
 from router.errors import RouterError
 from router.following import Event
 from router.job_states import State
+from router.job_stream import JobStream
 from router.job_views import Outcome
 from router.results import answer_id
 
@@ -28,74 +30,68 @@ Told = tuple[int, Event | None]
 
 
 class AnswerStream:
-    """The events of all jobs of a purchase, and the chunks that they become."""
+    """The jobs of a purchase as one stream of chunks."""
 
     def __init__(self, core: Core, wanted: requests.Request, bought: Purchase) -> None:
+        self._core = core
         self._wanted = wanted
         self._bought = bought
-        jobs = bought.job_ids
-        self._events = _one(core, jobs[0]) if len(jobs) == 1 else _several(core, jobs)
-        self._early: list[Told] = []
-        self._next: asyncio.Future[Told] | None = None
+        self._kept: list[JobStream] = []
 
     async def first_output(self) -> Problem | None:
-        """Wait a moment for output; the error of a job that ends without any is returned."""
-        until = time.monotonic() + FIRST_OUTPUT_S
-        while (left_s := until - time.monotonic()) > 0:
-            self._next = asyncio.ensure_future(anext(self._events))
-            await asyncio.wait([self._next], timeout=left_s)
-            if not self._next.done():
-                return None
-            told = self._next.result()
-            self._next = None
-            self._early.append(told)
-            event = told[1]
-            if event is not None and event.kind == "chunk":
-                return None
-            if event is not None and event.outcome is not None:
-                return self._failed_alone(event.outcome)
-        return None
+        """Wait a moment for output; the error of a job that ends without any is returned.
 
-    def _failed_alone(self, outcome: Outcome) -> Problem | None:
-        jobs = self._bought.job_ids
-        if len(jobs) != 1 or outcome.state is State.SUCCEEDED:
+        Several jobs are not waited for: what happens to one of them is not the answer's error.
+        Raises NoSuchJob, JobWiped, AnswerDelayed.
+        """
+        jobs, job_ids = self._core.jobs, self._bought.job_ids
+        for job_id in job_ids:
+            found = await following.find(jobs, job_id)
+            if isinstance(found, JobStream):
+                self._kept.append(following.keep(found))
+            elif len(job_ids) == 1:
+                return self._failed(found)
+        if len(job_ids) > 1:
             return None
-        return shapes.job_problem(outcome, jobs[0])
+        stream = self._kept[0]
+        await following.until_output(jobs, stream, within_s=FIRST_OUTPUT_S)
+        if stream.pieces or stream.outcome is None:
+            return None
+        return self._failed(stream.outcome)
+
+    def _failed(self, outcome: Outcome) -> Problem | None:
+        said = following.answer_text(outcome) or following.answer_calls(outcome)
+        if outcome.state is State.SUCCEEDED or said:
+            return None
+        return shapes.job_problem(outcome, self._bought.job_ids[0])
 
     async def close(self) -> None:
-        """Stop reading."""
-        if self._next is not None:
-            self._next.cancel()
-            await asyncio.gather(self._next, return_exceptions=True)
-        await self._events.aclose()
+        """Let go of the jobs. Twice is harmless."""
+        kept, self._kept = self._kept, []
+        for stream in kept:
+            following.leave(self._core.jobs, stream)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body of the answer."""
+        """The body of the answer; what is said at one moment goes out together."""
         try:
             writer = _Writer(self._wanted, self._bought)
-            async for index, event in self._all():
-                for chunk in writer.write(index, event):
-                    yield chunk
-            for chunk in writer.closing():
-                yield chunk
+            if len(self._bought.job_ids) == 1:
+                only = following.follow(self._core.jobs, self._bought.job_ids[0])
+                async with aclosing(only):
+                    async for event in only:
+                        if said := writer.write(0, event):
+                            yield said
+            else:
+                all_of_them = _several(self._core, self._bought.job_ids)
+                async with aclosing(all_of_them):
+                    async for index, event in all_of_them:
+                        if said := writer.write(index, event):
+                            yield said
         except (RouterError, DatabaseUnavailable) as error:
             # The headers have gone out: it can only be said in the stream, which has no `[DONE]`.
             yield sse.data(shapes.error_body(problem_of(error)))
         finally:
             await self.close()
-
-    async def _all(self) -> AsyncIterator[Told]:
-        for told in self._early:
-            yield told
-        if self._next is not None:
-            try:
-                told = await self._next
-            except StopAsyncIteration:
-                return
-            self._next = None
-            yield told
-        async for told in self._events:
-            yield told
 
 
 class _Writer:
@@ -119,7 +115,15 @@ class _Writer:
             for index, item in enumerate(wanted.items)
         ]
 
-    def write(self, index: int, event: Event | None) -> list[bytes]:
+    def write(self, index: int, event: Event | None) -> bytes:
+        """What an event of a job adds to the body; with the last job's end, the closing."""
+        said = self._said(index, event)
+        ends = event is not None and event.outcome is not None
+        if ends and len(self._ended) == len(self._job_ids):
+            said += self._closing()
+        return b"".join(said)
+
+    def _said(self, index: int, event: Event | None) -> list[bytes]:
         if event is None:
             return [sse.comment("waiting")]
         if event.kind == "position":
@@ -153,7 +157,7 @@ class _Writer:
         reason = outcome.result["choices"][0]["finish_reason"]
         return [*self._opening(index), choice.last(reason, outcome.usage)]
 
-    def closing(self) -> list[bytes]:
+    def _closing(self) -> list[bytes]:
         """`[DONE]` says that every answer is whole in the database; errors end without it."""
         jobs = [(job_id, self._ended[i]) for i, job_id in enumerate(self._job_ids)]
         if not any(shapes.answered(outcome) for _, outcome in jobs):
@@ -165,11 +169,6 @@ class _Writer:
             return [DONE]
         only = jobs[0][1].usage if len(jobs) == 1 else None
         return [self._choices[0].usage(only or shapes.total_usage(jobs)), DONE]
-
-
-async def _one(core: Core, job_id: str) -> AsyncGenerator[Told, None]:
-    async for event in following.follow(core.jobs, job_id):
-        yield 0, event
 
 
 async def _several(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told, None]:
