@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "install-engine": ("cli.worker_command", "Build llama.cpp for this machine (once)."),
     "admin": ("cli.admin", "Fees, settings, workers, jobs, payouts of a router."),
     "ledger": ("cli.ledger", "`ledger check` proves the books of a router's database."),
+    "lightning": ("cli.lightning", "`lightning check` says whether the Lightning node will do."),
     "migrate": ("cli.serving", "Bring the database's tables up to date."),
     "simulated-lightning": ("cli.serving", "A simulated Lightning network alone (no real money)."),
 }

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from starlette.routing import BaseRoute
 
+from billing.lightning import LightningBackend
 from billing.lightning.cln import ClnBackend
 from billing.lightning.lnd import LndBackend
 from billing.lightning.node_http import NodeHttp
-from billing.lightning.node_rules import RealNode
 from billing.lightning.phoenixd import PhoenixdBackend, basic
 from billing.lightning.phoenixd_feed import Feed
 from billing.lightning.simulated.faults import FaultKind
@@ -52,7 +52,7 @@ class StandInRig(SimulatedRig):
 
     def backend_with(
         self, *, receive: str | None = None, pay: str | None = None, url: str | None = None
-    ) -> RealNode:
+    ) -> LightningBackend:
         """A back end with these credentials; without any, with the one that may do all."""
         url = url or self.url
         match self._kind:
