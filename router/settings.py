@@ -68,8 +68,8 @@ class Settings(BaseSettings):
 
     lightning: str = Field(
         default="simulated",
-        description="The kind of Lightning node: lnd, cln, phoenixd; with `simulated` no money is"
-        " real. `satherd lightning check` tries it.",
+        description="The kind of Lightning node: lnd, cln, phoenixd, lnbits, nwc, electrum; with"
+        " `simulated` no money is real. `satherd lightning check` tries it.",
     )
     simulated_url: str | None = Field(
         default=None, description="The simulated network to use, where `satherd up` starts none."
@@ -114,6 +114,27 @@ class Settings(BaseSettings):
     )
     phoenixd_pay_password: SecretStr | None = Field(
         default=None, description="phoenixd: the password that may pay, where the other may not."
+    )
+    lnbits_url: str | None = Field(
+        default=None, description="LNbits (1.6 or later), such as https://lnbits.example.com."
+    )
+    lnbits_key: SecretStr | None = Field(
+        default=None, description="LNbits: the wallet's invoice key, which cannot pay."
+    )
+    lnbits_pay_key: SecretStr | None = Field(
+        default=None, description="LNbits: the wallet's admin key; without it nothing is paid out."
+    )
+    nwc_url: SecretStr | None = Field(
+        default=None,
+        description="Nostr Wallet Connect: what the wallet shows, nostr+walletconnect://…; it is"
+        " the key to the wallet.",
+    )
+    electrum_url: str | None = Field(
+        default=None, description="Electrum's daemon, such as http://127.0.0.1:7777."
+    )
+    electrum_user: str | None = Field(default=None, description="Electrum: its rpcuser.")
+    electrum_password: SecretStr | None = Field(
+        default=None, description="Electrum: its rpcpassword."
     )
     lnurl_allow_private: bool = Field(
         default=False,

@@ -17,6 +17,9 @@ BACKENDS = {
     "lnd": "billing.lightning.lnd",
     "cln": "billing.lightning.cln",
     "phoenixd": "billing.lightning.phoenixd",
+    "lnbits": "billing.lightning.lnbits",
+    "nwc": "billing.lightning.nwc",
+    "electrum": "billing.lightning.electrum",
 }
 
 
