@@ -33,14 +33,17 @@ def state_of(payment: Fields) -> str:
 
 
 def failure_code(reason: str) -> str:
-    """A stable word for phoenixd's sentence. "Refused" stands for all that the recipient may say."""
+    """A stable word for the sentence that phoenixd gives as a reason. For logs; it decides nothing
+    but that "paid" and "in progress" contradict a failure."""
     lowered = reason.lower()
     for sign, code in (
         ("already been paid", "already_paid"),
         ("in progress", "in_progress"),
-        ("recipient", "incorrect_payment_details"),
+        ("reject", "incorrect_payment_details"),
         ("balance", "insufficient_balance"),
+        ("funds", "insufficient_balance"),
         ("route", "no_route"),
+        ("recipient", "no_route"),
     ):
         if sign in lowered:
             return code
