@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import uvloop
@@ -26,14 +27,13 @@ def run(arguments: Sequence[str]) -> int:
         settings = read_settings(UpSettings, arguments[1:], prog="satherd up")
     except BadSettings as error:
         return complain(error)
-    # Steps are for the eye; the log of everything goes to a file, and to the screen what is wrong.
-    log_to_file(settings)
     try:
-        uvloop.run(_up(settings))
+        # Steps are for the eye; the log of everything goes to a file, what is wrong to the screen.
+        log_to_file(settings)
+        return uvloop.run(_up(settings))
     except START_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def log_to_file(settings: UpSettings) -> Path:
@@ -45,21 +45,36 @@ def log_to_file(settings: UpSettings) -> Path:
     return path
 
 
-async def _up(settings: UpSettings) -> None:
-    stop = stop_signal()
-    starting = asyncio.ensure_future(stop.wait())
-    async with one_machine(settings, say_step) as machine:
-        spare_collector()
-        introduce(machine, settings)
-        print(f"ready: {machine.url}", flush=True)
-        ended = asyncio.ensure_future(machine.children.next_end())
-        await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            child = ended.result()
-            stderr.print(f"[red]{child.name} has failed for good:[/red]")
-            stderr.print("\n".join(child.tail), markup=False)
-        ended.cancel()
-        say_step("stopping: what runs is finished first")
+async def _up(settings: UpSettings) -> int:
+    asked = asyncio.ensure_future(stop_signal().wait())
+    async with AsyncExitStack() as stack:
+        start = asyncio.ensure_future(stack.enter_async_context(one_machine(settings, say_step)))
+        await asyncio.wait({start, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            say_step("stopping before it was ready")
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            return 0
+        status = await _serve(start.result(), settings, asked)
+    asked.cancel()
+    return status
+
+
+async def _serve(machine: Machine, settings: UpSettings, asked: asyncio.Future) -> int:
+    """Until somebody asks for the end (0), or a child has failed for good (1)."""
+    spare_collector()
+    introduce(machine, settings)
+    print(f"ready: {machine.url}", flush=True)
+    ended = asyncio.ensure_future(machine.children.next_end())
+    await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
+    failed = ended.done()
+    if failed:
+        child = ended.result()
+        stderr.print(f"[red]{child.name} has failed for good:[/red]")
+        stderr.print("\n".join(child.tail), markup=False)
+    ended.cancel()
+    say_step("stopping: what runs is finished first")
+    return 1 if failed else 0
 
 
 def say_step(words: str) -> None:

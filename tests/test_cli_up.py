@@ -181,6 +181,19 @@ def test_up_sells_prompts_stops_cleanly_and_goes_on_with_the_same_books(tmp_path
         assert second.stop(signal.SIGINT) == 0, second.errors
 
 
+def test_up_that_is_stopped_before_it_is_ready_stops_at_once(tmp_path: Path) -> None:
+    with up(tmp_path / "data") as starting:
+        until = time.monotonic() + READY_S
+        while not any("starting the router" in line for line in starting.errors):
+            assert time.monotonic() < until, starting.errors
+            time.sleep(0.05)
+        children = psutil.Process(starting.process.pid).children(recursive=True)
+        assert starting.stop() == 0, starting.errors
+        assert starting.out == []
+        assert "stopping before it was ready" in starting.errors[-1]
+        assert not any(child.is_running() for child in children)
+
+
 def test_up_on_a_busy_port_says_so_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -191,6 +204,14 @@ def test_up_on_a_busy_port_says_so_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert error.startswith("error: ")
     assert str(port) in error and "in use" in error
     assert "Traceback" not in ended.stderr
+
+
+def test_up_where_nothing_can_be_kept_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = satherd("up", folder=tmp_path / "file")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ") and "Not a directory" in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_up_with_a_worker_that_cannot_start_shows_why(tmp_path: Path) -> None:
