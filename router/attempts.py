@@ -100,6 +100,7 @@ class Attempts:
 
     def begin(self, claimed: Claimed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
         """A claimed job goes to a worker."""
+        self._supersede(claimed.job_id)
         stream = self._hub.open(claimed.job_id, State.QUEUED)
         stream.restart(State.RUNNING, claimed.attempt)
         running = RunningAttempt(claimed, worker, stream, stop)
@@ -110,6 +111,13 @@ class Attempts:
             "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
         )
         return running
+
+    def _supersede(self, job_id: str) -> None:
+        """The job has ended, or was claimed anew: what still runs of it here runs for nobody."""
+        running = self.running.pop(job_id, None)
+        if running is not None and not running.settled:
+            running.settled = True
+            running.stop()
 
     def said(
         self, running: RunningAttempt, text: str, delta: dict[str, Any] | None, tokens: int | None
@@ -317,6 +325,7 @@ class Attempts:
 
     def tell_ended(self, job_id: str, outcome: Outcome) -> None:
         """Give a committed outcome to whoever reads this job here."""
+        self._supersede(job_id)
         self._market.touch()
         log.info(
             "job ended job=%s state=%s reason=%s charged_msat=%d refunded_msat=%d",

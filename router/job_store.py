@@ -8,10 +8,11 @@ of statements whatever their number, and return one result for each row. Every g
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from billing import accounts, ledger
 from billing.ledger import Transfer
@@ -245,6 +246,10 @@ async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
     """
     results: list[Any] = [None] * len(rows)
     await _find_repeated(connection, rows, results)
+    # One of those that are the same submission goes first; the others follow it, and cost nothing.
+    twins = _twins(rows, results)
+    for i, first in twins.items():
+        results[i] = rows[first]
     await _refuse_uncovered(connection, rows, results)
     await _reserve_once(connection, rows, results)
     fresh = [row for row, result in zip(rows, results, strict=True) if result is None]
@@ -253,10 +258,29 @@ async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
         await _queue_new(
             connection, [(row, job) for row in fresh for job in row.quote.jobs], State.QUEUED
         )
-    return [
+    results = [
         result or Submitted(row.quote.id, repeated=False)
         for row, result in zip(rows, results, strict=True)
     ]
+    for i, first in twins.items():
+        results[i] = _as_its_twin(rows[first], results[first], rows[i])
+    return results
+
+
+def _twins(rows: list[Submission], results: list[Any]) -> dict[int, int]:
+    """Rows that are the same submission as an earlier row of the batch, and which."""
+    first: dict[tuple[str, str], int] = {}
+    twins = {}
+    for i, row in enumerate(rows):
+        if results[i] is None and row.once and first.setdefault(row.once, i) != i:
+            twins[i] = first[row.once]
+    return twins
+
+
+def _as_its_twin(first: Submission, result: Any, row: Submission) -> Any:
+    if isinstance(result, Submitted):
+        return _repeated(first.quote.request_hash, result.quote_id, row)
+    return result
 
 
 async def find_submitted(connection: Any, once: tuple[str, str], request_hash: bytes) -> str | None:
@@ -331,22 +355,14 @@ async def _reserve_once(connection: Any, rows: list[Submission], results: list[A
         return
     columns = [list(column) for column in zip(*named, strict=True)]
     free = {(r["scope"], r["key"]) for r in await connection.fetch(_ADD_ONCE, *columns)}
-    first: dict[tuple[str, str], Submission] = {}
     for i, row in enumerate(rows):
-        if results[i] is not None or row.once is None:
+        if results[i] is not None or row.once is None or row.once in free:
             continue
-        if row.once in free and row.once not in first:
-            first[row.once] = row
-            continue
+        # Another router took the pair between our look and our insert.
         if row.key_id:
             await accounts.spend(connection, row.key_id, -row.quote.offer_msat)
-        if row.once in first:
-            winner = first[row.once].quote
-            results[i] = _repeated(winner.request_hash, winner.id, row)
-        else:
-            # Another router took the pair between our look and our insert.
-            taken = await connection.fetchrow(_FIND_ONCE, [row.once[0]], [row.once[1]])
-            results[i] = _repeated(taken["request_hash"], taken["quote_id"], row)
+        taken = await connection.fetchrow(_FIND_ONCE, [row.once[0]], [row.once[1]])
+        results[i] = _repeated(taken["request_hash"], taken["quote_id"], row)
 
 
 async def _store_quotes(connection: Any, rows: list[Submission]) -> None:
@@ -439,8 +455,34 @@ async def start_quote(connection: Any, quote_id: str, *, lanes: dict[str, str]) 
     return [j["id"] for j in jobs]
 
 
+Row = TypeVar("Row", Claim, Ending, GiveBack)
+Result = TypeVar("Result")
+
+
+async def _in_rounds(
+    rows: Sequence[Row], do: Callable[[list[Row]], Awaitable[Sequence[Result]]]
+) -> list[Result]:
+    """Do something for all rows, in rounds in which no job comes twice.
+
+    Given two rows for one job, PostgreSQL would move it once, for a row of its own choosing, and
+    nobody could tell for which: a client might be refunded for an answer that he has.
+    """
+    results: dict[int, Result] = {}
+    left = dict(enumerate(rows))
+    while left:
+        first = {row.job_id: place for place, row in reversed(left.items())}
+        places = sorted(first.values())
+        for place, result in zip(places, await do([left.pop(p) for p in places]), strict=True):
+            results[place] = result
+    return [results[place] for place in range(len(rows))]
+
+
 async def claim_many(connection: Any, rows: list[Claim]) -> list[Claimed | None]:
     """Start jobs on workers. None for a job that another claim took, or that waits no more."""
+    return await _in_rounds(rows, partial(_claim_round, connection))
+
+
+async def _claim_round(connection: Any, rows: list[Claim]) -> list[Claimed | None]:
     claimed = await connection.fetch(
         _CLAIM,
         [row.job_id for row in rows],
@@ -462,6 +504,12 @@ async def end_many(
 
     Their texts are wiped `wipe_after_s` later.
     """
+    return await _in_rounds(rows, partial(_end_round, connection, wipe_after_s))
+
+
+async def _end_round(
+    connection: Any, wipe_after_s: float, rows: list[Ending]
+) -> list[Ended | None]:
     ended = await connection.fetch(
         _END,
         [row.job_id for row in rows],
@@ -476,7 +524,7 @@ async def end_many(
         float(wipe_after_s),
     )
     moved = {r["id"]: r for r in ended}
-    done = [(row, moved.pop(row.job_id, None)) for row in rows]
+    done = [(row, moved.get(row.job_id)) for row in rows]
     happened = [(row, now) for row, now in done if now is not None]
     if happened:
         await _clear(connection, happened)
@@ -560,6 +608,10 @@ async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
 
 async def give_back_many(connection: Any, rows: list[GiveBack]) -> list[bool]:
     """Queue running jobs again. False for one that is not running this attempt any more."""
+    return await _in_rounds(rows, partial(_give_back_round, connection))
+
+
+async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
     moved = {
         r["id"]: r
         for r in await connection.fetch(

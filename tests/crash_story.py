@@ -33,6 +33,8 @@ async def run(
     clients: int = 6,
     victims: tuple[str, ...] = CrashRig.VICTIMS,
     longest_pause_s: float = 2.0,
+    payouts_s: float = 240,
+    payouts_must: bool = True,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Who is killed, when, and for how long is drawn from `seed`; the load is as well."""
@@ -50,12 +52,16 @@ async def run(
                 await rig.until_healthy()
                 shoppers.stop()
             async with rig.database() as connection:
-                await crash_checks.until_quiet(connection, timeout_s=60)
+                await crash_checks.until_quiet(
+                    connection, payouts_s=payouts_s, payouts_must=payouts_must
+                )
             # Whoever has paid and was never answered comes back once more, as he may.
             for credential in shoppers.notes.credentials:
                 await shoppers.use(credential)
             async with rig.database() as connection:
-                await crash_checks.until_quiet(connection, timeout_s=60)
+                await crash_checks.until_quiet(
+                    connection, payouts_s=payouts_s, payouts_must=payouts_must
+                )
                 report = Report(seed, rig.kills(), dict(shoppers.notes.happened))
                 rows = await connection.fetch(
                     "select state || ' ' || coalesce(end_reason, '') as ended, count(*) as jobs"

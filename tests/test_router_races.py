@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from datetime import timedelta
 from typing import Any
 
@@ -11,10 +12,13 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from billing.invoices import utc_now
-from router.job_store import Claim
+from router.job_states import Event
+from router.job_store import Claim, Ending, GiveBack, claim_many, end_many
 from router.kept_chunks import news_of
+from tests import crash_checks
 from tests.router_rig import PATIENCE_S, Rig, ScriptedWorker
 from tests.test_paid_job import CHAT
+from worker.protocol import Kind
 
 NUL = "\0"
 
@@ -249,3 +253,283 @@ async def test_a_running_job_is_not_taken_for_an_unsent_claim(router: Rig):
         assert await router.core.maintenance.take_back_lost() == 0
         await worker.finish(job, tokens=1)
         assert (await asked).status_code == 200
+
+
+async def test_a_job_that_lost_its_lease_is_not_answered_by_two_workers_at_once(router: Rig):
+    """Another router took it back and this one claims it again, while the first worker goes on."""
+    key = await router.bearer()
+    async with router.worker() as first:
+        asked = ask(router, key)
+        job = await first.job()
+        await first.say(job, "first ")
+        async with router.worker() as second:
+            running = router.core.attempts.running[job["job_id"]]
+            rows = await router.query("select model from jobs where id = $1", job["job_id"])
+            lane = router.core.models.lane(
+                Kind.CHAT,
+                rows[0]["model"],
+                prompt_tokens=running.claimed.prompt_tokens,
+                max_tokens=running.claimed.max_tokens,
+            )
+            back = GiveBack(job["job_id"], 1, lane, "lost", "router", "lease ended")
+            assert await router.core.writer.write("give_back", back)
+            router.core.dispatcher.wake()
+            again = await second.job()
+            assert again["attempt"] == 2
+            assert (await first.receive())["type"] == "cancel"
+            await second.say(again, "second ")
+            await first.say(job, "first again", seq=1)
+            await first.finish(job, tokens=9)
+            await second.say(again, "only", seq=1)
+            await second.finish(again, tokens=2)
+            reply = await asked
+    assert reply.json()["choices"][0]["message"]["content"] == "second only"
+    worker_ids = await router.query("select worker_id from jobs")
+    assert [row["worker_id"] for row in worker_ids] == [second.id]
+    assert (await router.books()).in_order
+
+
+async def test_a_job_that_is_cancelled_between_claim_and_assignment_is_stopped(router: Rig):
+    """Claim and cancel in one batch: the worker is told to stop, and is not paid."""
+    key = await router.bearer()
+    async with router.worker() as worker:
+        router.core.dispatcher.paused = True
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        job_id = made.json()["jobs"][0]["id"]
+        idle = router.core.fleet.all()[0]
+        claim = Claim(job_id, worker.id, router.core.router_id, 0, utc_now() + timedelta(minutes=1))
+
+        async def start() -> None:
+            router.core.gate.assign(await router.core.writer.write("claim", claim), idle)
+
+        outcome, _ = await asyncio.gather(
+            *map(asyncio.create_task, (router.core.jobs.cancel(job_id), start()))
+        )
+        assert outcome.state == "cancelled" and outcome.charged_msat == 0
+        await worker.job()
+        assert (await worker.receive())["type"] == "cancel"
+        await worker.finish({"job_id": job_id, "attempt": 1}, "cancelled")
+    assert not router.core.attempts.running
+    books = await router.books()
+    assert books.in_order and not books.lines.get("liabilities:worker")
+
+
+# --- many at once ------------------------------------------------------------------------------
+
+
+async def test_one_idempotency_key_on_twenty_connections_is_one_job(router: Rig):
+    key = await router.bearer() | {"Idempotency-Key": "twenty"}
+    async with router.worker(slots=4) as worker:
+        asked = [ask(router, key) for _ in range(20)]
+        await worker.serve("One.")
+        replies = await asyncio.gather(*asked)
+        other = await ask(router, key, user="another request")
+        await worker.nothing()
+    assert {reply.status_code for reply in replies} == {200}
+    assert len({reply.headers["x-satherd-job"] for reply in replies}) == 1
+    assert other.status_code == 409
+    assert len(await router.query("select 1 from ledger_transfers where code = 'hold'")) == 1
+
+
+async def test_a_repeat_finds_its_job_though_no_worker_is_left(router: Rig):
+    """What was bought is there for its payer, whoever could be found to do it again."""
+    key = await router.bearer() | {"Idempotency-Key": "left"}
+    async with router.worker() as worker:
+        asked = ask(router, key)
+        await worker.serve("Kept.")
+        first = await asked
+    again = await ask(router, key)
+    assert again.status_code == 200 and again.json() == first.json()
+    fresh = await ask(router, key | {"Idempotency-Key": "fresh"})
+    assert fresh.json()["error"]["code"] == "no_worker"
+
+
+async def test_bumping_and_cancelling_does_not_stretch_the_limit_of_a_key(router: Rig):
+    """What is given back at the end is all that was held, so all of it must have been counted."""
+    made = (await router.http.post("/balance/topups", json={"amount_msat": 1_000_000})).json()
+    paid = {"Authorization": f"L402 {made['l402_token']}:{await router.pay(made['invoice'])}"}
+    limited = await router.http.post("/balance/keys", json={"limit_msat": 5_000}, headers=paid)
+    assert limited.status_code == 201, limited.text
+    key = {"Authorization": f"Bearer {limited.json()['key']}"}
+
+    async def spent_msat() -> int:
+        rows = await router.query("select spent_msat from account_keys where limit_msat = 5000")
+        return rows[0]["spent_msat"]
+
+    async with router.worker() as worker:
+        asked = ask(router, key)
+        await worker.serve("Paid for.")
+        charged_msat = int((await asked).headers["x-satherd-fee-msat"])
+        assert await spent_msat() == charged_msat
+        router.core.dispatcher.paused = True
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        job = made.json()["jobs"][0]
+        too_much = await router.http.post(
+            f"{job['status_url']}/bump", json={"offer_msat": 900_000}, headers=key
+        )
+        assert too_much.status_code == 402
+        bumped = await router.http.post(
+            f"{job['status_url']}/bump", json={"offer_msat": 3_000}, headers=key
+        )
+        assert bumped.status_code == 200, bumped.text
+        assert await spent_msat() == charged_msat + 3_000
+        assert (await router.http.delete(job["status_url"], headers=key)).status_code == 200
+        assert await spent_msat() == charged_msat
+    assert (await router.books()).in_order
+
+
+async def test_a_storm_of_bumps_cancels_expiries_and_endings_divides_each_escrow_once(router: Rig):
+    """Whatever comes first wins, whatever comes second finds nothing to do (E3-34)."""
+    draw = random.Random(34)
+    key = await router.bearer(10_000_000)
+    async with router.worker(slots=8) as worker:
+
+        async def serve() -> None:
+            while True:
+                frame = await worker.receive()
+                if frame["type"] != "assign":
+                    continue
+                await worker.say(frame, "word ", tokens=1)
+                ends = draw.random()
+                if ends < 0.6:
+                    await worker.finish(frame, tokens=1)
+                elif ends < 0.8:
+                    for _ in range(3):
+                        await worker.fail(frame, "engine_error")
+                else:
+                    await worker.finish(frame, "cancelled")
+
+        async def life() -> None:
+            made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+            job = made.json()["jobs"][0]
+            acts = [
+                router.http.post(
+                    f"{job['status_url']}/bump",
+                    json={"offer_msat": draw.randrange(2_000, 9_000)},
+                    headers=key,
+                ),
+                router.http.delete(job["status_url"], headers=key),
+                expire(job["id"]),
+                router.core.attempts.end(Ending(job["id"], Event.EXPIRE, "max_wait")),
+            ]
+            draw.shuffle(acts)
+            chosen, rest = acts[: draw.randrange(1, 5)], acts
+            for act in rest[len(chosen) :]:
+                close = getattr(act, "close", None)
+                if close:
+                    close()
+            await asyncio.sleep(draw.random() * 0.02)
+            for reply in await asyncio.gather(*chosen):
+                if reply is not None:
+                    assert reply.status_code in (200, 400, 402, 409), reply.text
+
+        async def expire(job_id: str) -> None:
+            await router.query(
+                "update jobs set wait_ends_at = now() - interval '1 second' where id = $1", job_id
+            )
+            await router.core.maintenance.expire_waits()
+
+        serving = asyncio.create_task(serve())
+        for _ in range(6):
+            await asyncio.gather(*(life() for _ in range(10)))
+
+        async def quiet() -> bool:
+            return not await router.query(
+                "select 1 from jobs where state in ('queued', 'running') limit 1"
+            )
+
+        await until(quiet)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    async with router.core.database.connection() as connection:
+        assert await crash_checks.books(connection) == []
+        assert await crash_checks.escrows(connection) == []
+        ended = await connection.fetch("select distinct state from jobs")
+    assert len(ended) >= 3, "the storm was too tame to tell"
+
+
+async def test_refunds_and_withdrawals_at_once_leave_no_msat_twice(router: Rig):
+    """Each takes the same balance; together they never take more than there is."""
+    made = (await router.http.post("/balance/topups", json={"amount_msat": 100_000})).json()
+    owner = {"Authorization": f"L402 {made['l402_token']}:{await router.pay(made['invoice'])}"}
+    shown = await router.http.get(f"/balance/topups/{made['payment_hash']}", headers=owner)
+    key = {"Authorization": f"Bearer {shown.json()['key']}"}
+    await router.network.ensure_wallet("purse")
+    async with router.worker():
+        router.core.dispatcher.paused = True
+        body = CHAT | {"kind": "chat", "offer_msat": 20_000}
+        jobs = [
+            (await router.http.post("/jobs", json=body, headers=key)).json()["jobs"][0]
+            for _ in range(4)
+        ]
+        invoices = [
+            await router.network.create_invoice(
+                "purse", amount_msat=15_000, description="out", expiry_s=600
+            )
+            for _ in range(8)
+        ]
+
+        async def withdraw(bolt11: str) -> int:
+            reply = await router.http.post(
+                "/balance/withdrawals", json={"invoice": bolt11}, headers=owner
+            )
+            assert reply.status_code in (202, 402), reply.text
+            return reply.status_code
+
+        async def refund(job: dict[str, Any]) -> int:
+            return (await router.http.delete(job["status_url"], headers=key)).status_code
+
+        statuses = await asyncio.gather(
+            *(withdraw(invoice.bolt11) for invoice in invoices), *(refund(job) for job in jobs)
+        )
+        assert statuses[8:] == [200] * 4
+        ordered = statuses[:8].count(202)
+        assert 1 <= ordered <= 5  # 100 satoshi hold five times fifteen and the fee cap of five
+
+        async def quiet() -> bool:
+            return not await router.query("select 1 from payouts where state <> 'paid'")
+
+        await until(quiet)
+    arrived = [record.amount_received_msat for record in await router.network.received("purse")]
+    assert [amount for amount in arrived if amount] == [15_000] * ordered
+    async with router.core.database.connection() as connection:
+        assert await crash_checks.books(connection) == []
+
+
+async def test_of_two_endings_in_one_batch_the_one_that_may_happen_is_settled(router: Rig):
+    """An expiry that comes with the end of a running job must not take its settlement over."""
+    async with router.worker() as worker:
+        asked = ask(router, await router.bearer())
+        job = await worker.job()
+        held_msat = (await router.query("select held_msat from jobs"))[0]["held_msat"]
+        expiry = Ending(job["job_id"], Event.EXPIRE, "max_wait")
+        finish = Ending(
+            job["job_id"], Event.FINISH, "stop", attempt=1, charge_msat=1_000, payee=worker.id
+        )
+        again = Ending(job["job_id"], Event.FINISH, "stop", attempt=1, charge_msat=7)
+        async with router.core.database.transaction() as connection:
+            results = await end_many(connection, [expiry, finish, again], wipe_after_s=60)
+        assert results[0] is None and results[2] is None
+        assert results[1] is not None
+        assert results[1].charged_msat == 1_000
+        assert results[1].refunded_msat == held_msat - 1_000
+        await worker.finish(job, tokens=1)
+        await asked
+    async with router.core.database.connection() as connection:
+        assert await crash_checks.books(connection) == []
+        assert await crash_checks.escrows(connection) == []
+
+
+async def test_two_claims_of_one_job_in_one_batch_start_it_once(router: Rig):
+    key = await router.bearer()
+    async with router.worker() as one, router.worker() as two:
+        router.core.dispatcher.paused = True
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        job_id = made.json()["jobs"][0]["id"]
+        ends_at = utc_now() + timedelta(minutes=1)
+        claims = [
+            Claim(job_id, worker.id, router.core.router_id, 0, ends_at) for worker in (one, two)
+        ]
+        async with router.core.database.transaction() as connection:
+            claimed = await claim_many(connection, claims)
+        assert [found and found.worker_id for found in claimed] == [one.id, None]
