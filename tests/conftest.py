@@ -19,6 +19,10 @@ SERVER = os.environ.get("SATHERD_TEST_POSTGRES")
 TEMPLATE = f"satherd_template_{os.getpid()}"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_node: needs a Lightning node of the operator's")
+
+
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL server's maintenance database, started for this run."""
