@@ -22,6 +22,7 @@ from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning.connect import connect
 from billing.lightning_address import LightningAddresses
+from billing.one_network import network_of_books
 from billing.outside_http import OutsideHttp
 from billing.outside_url import OutsideRules
 from billing.payout_settings import PayoutSettings
@@ -139,6 +140,7 @@ async def running_core(settings: Settings, *, clock: Callable = utc_now) -> Asyn
         backend = connect(settings.lightning, **backend_settings(settings))
         stack.push_async_callback(backend.aclose)
         node = await _node(backend, settings)
+        await _check_books(database, node, clock)
         core = _join(settings, database, backend, node, clock)
         await _start(core, stack)
         log.info(
@@ -179,6 +181,17 @@ async def _node(backend: LightningBackend, settings: Settings) -> NodeInfo:
     if not node.simulated and not settings.admin_token.get_secret_value():
         raise CannotStart("set SATHERD_ADMIN_TOKEN: this router handles real money")
     return node
+
+
+async def _check_books(database: Database, node: NodeInfo, clock: Callable) -> None:
+    async with database.connection() as connection:
+        other = await network_of_books(connection, node, now=clock())
+    if other is not None:
+        raise CannotStart(
+            f"the books of this database are of {other}, and the Lightning node is on"
+            f" {node.network}{' (simulated)' if node.simulated else ''}:"
+            " use another database or data directory"
+        )
 
 
 def _join(
