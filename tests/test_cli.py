@@ -31,6 +31,7 @@ HELP = {
     "install-engine": ("--cuda", "--force"),
     "admin": ("fees", "payouts", "--token", "--json"),
     "ledger": ("check",),
+    "lightning": ("check",),
     "migrate": ("--database-url",),
     "simulated-lightning": ("--data-dir", "--port"),
 }
