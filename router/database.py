@@ -221,8 +221,8 @@ class BatchingWriter:
         future = asyncio.get_running_loop().create_future()
         self._waiting[kind].append((row, future))
         self._some.set()
-        # A caller that goes away must not take the write of its row with it.
-        return await asyncio.shield(future)
+        # A caller that goes away cancels only this future: the row stays, and is written.
+        return await future
 
     async def _run(self) -> None:
         while True:
