@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,7 +68,7 @@ class Part:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SATHERD_")}
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *self._argv],
+                [*_dying_with_us(), sys.executable, *self._argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -113,6 +114,12 @@ class Part:
 
     def log_text(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+
+def _dying_with_us() -> list[str]:
+    """A prefix that lets Linux kill a part when the test run is killed."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
 
 
 async def answers(url: str) -> bool:

@@ -589,6 +589,24 @@ async def test_a_reader_who_waits_long_for_the_commit_is_told_where_the_answer_w
     assert (await rig.books()).in_order
 
 
+async def test_event_streams_without_postgres_end_with_an_error_and_resume(homeless):
+    """A reader of our own doors is told, not cut off."""
+    rig, server = homeless
+    async with rig.worker():
+        quote = (await rig.http.post("/quotes", json=CHAT | {"kind": "chat"})).json()
+        path = f"/quotes/{quote['quote_id']}/events"
+        async with rig.http.stream("GET", path) as events:
+            lines = events.aiter_lines()
+            assert (await anext(lines)).startswith(":")
+            await server.stop()
+            told = [line async for line in lines if line]
+        assert told[0] == "event: error"
+        assert json.loads(told[1].removeprefix("data: "))["error"]["code"] == "database_unavailable"
+        await server.start()
+        async with rig.http.stream("GET", path) as events:
+            assert (await anext(events.aiter_lines())).startswith(":")
+
+
 async def test_a_submit_whose_commit_was_not_heard_of_is_done_once(
     homeless, monkeypatch: pytest.MonkeyPatch
 ):

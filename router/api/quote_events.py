@@ -13,7 +13,10 @@ from typing import Any
 
 from router import following
 from router.api import sse
+from router.api.errors import problem_of
 from router.core import Core
+from router.database import DatabaseUnavailable
+from router.errors import RouterError
 from router.quotes import StoredQuote
 
 POLL_S = 1.0
@@ -27,12 +30,26 @@ async def quote_events(
     is_mine: Callable[[StoredQuote], Awaitable[bool]],
     last_event_id: str | None,
 ) -> AsyncGenerator[bytes, None]:
-    """`paid`, `late` or `expired` of the quote; then, to its payer, the events of its jobs.
+    """`paid`, `late` or `expired` of the quote; then, to its payer, the events of its jobs; `error`
+    when it cannot go on, and the reader may resume.
 
     Before the payment nobody is the payer yet: whoever knows the quote's id follows its payment.
     Once it is there, `is_mine` says whether this reader came with the credential or the claim token
     that it has made good; other readers are told no more.
     """
+    try:
+        async for chunk in _events(core, stored, is_mine, last_event_id):
+            yield chunk
+    except (RouterError, DatabaseUnavailable) as error:
+        yield sse.event("error", {"quote_id": stored.id, **problem_of(error).as_json()})
+
+
+async def _events(
+    core: Core,
+    stored: StoredQuote,
+    is_mine: Callable[[StoredQuote], Awaitable[bool]],
+    last_event_id: str | None,
+) -> AsyncIterator[bytes]:
     turn = 0
     while stored.state == "open":
         if stored.expires_at <= core.clock():
@@ -53,7 +70,7 @@ async def quote_events(
 async def _jobs(core: Core, quote_id: str, last_event_id: str | None) -> AsyncIterator[bytes]:
     ids = [row["id"] for row in await core.jobs.of_quote(quote_id)]
     places = _places(last_event_id, len(ids))
-    queue: asyncio.Queue[tuple[int, following.Event | None] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, following.Event | None] | Exception | None] = asyncio.Queue()
 
     async def read(index: int) -> None:
         try:
@@ -61,6 +78,8 @@ async def _jobs(core: Core, quote_id: str, last_event_id: str | None) -> AsyncIt
                 core.jobs, ids[index], after_seq=places[index], place_at_once=True
             ):
                 queue.put_nowait((index, event))
+        except (RouterError, DatabaseUnavailable) as error:
+            queue.put_nowait(error)
         finally:
             queue.put_nowait(None)
 
@@ -72,6 +91,8 @@ async def _jobs(core: Core, quote_id: str, last_event_id: str | None) -> AsyncIt
             if told is None:
                 left -= 1
                 continue
+            if isinstance(told, Exception):
+                raise told
             index, event = told
             if event is None:
                 yield sse.comment("waiting")
