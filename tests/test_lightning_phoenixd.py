@@ -70,7 +70,7 @@ def payment(**more: Any) -> dict[str, Any]:
         # Paid, with a preimage of another hash, or with none.
         (http_json(payment(isPaid=True, preimage=PREIMAGE)), PaymentState.UNKNOWN),
         (http_json(payment(isPaid=True)), PaymentState.UNKNOWN),
-        (http(404, "Not found"), PaymentState.NOT_FOUND),
+        (http(204), PaymentState.NOT_FOUND),
     ],
 )
 async def test_every_answer_to_a_look_up(answer: bytes, state: PaymentState) -> None:
@@ -95,6 +95,26 @@ async def test_what_is_no_answer_is_no_not_found(answer: bytes, error: type) -> 
         backend = backend_at(server)
         with pytest.raises(error):
             await backend.lookup_payment(HASH)
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("other, found", [(400, True), (404, False), (502, False)])
+async def test_404_is_not_found_only_of_a_node_that_knows_the_address(
+    other: int, found: bool
+) -> None:
+    """An old version, or a proxy, says 404 to every address: that is no word about a payment."""
+
+    def answer(request: Request) -> bytes:
+        known = request.path.endswith(HASH)
+        return http(404 if known else other, "Unknown endpoint (check api doc)")
+
+    async with Loopback(answer) as server:
+        backend = backend_at(server)
+        if found:
+            assert (await backend.lookup_payment(HASH)).state is PaymentState.NOT_FOUND
+        else:
+            with pytest.raises(OutcomeUnknown):
+                await backend.lookup_payment(HASH)
         await backend.aclose()
 
 
@@ -182,7 +202,7 @@ async def test_200_is_also_the_status_of_a_failure(rig: StandInRig) -> None:
 )
 async def test_a_reason_without_a_record_is_no_failure(rig: StandInRig, reason: str) -> None:
     """The look-up decides; where it knows nothing, nothing is known."""
-    assert await paying(rig, reason, http(404, "Not found")) is PaymentState.UNKNOWN
+    assert await paying(rig, reason, http(204)) is PaymentState.UNKNOWN
 
 
 async def test_a_reason_that_speaks_of_another_payment_is_never_a_failure(

@@ -25,6 +25,7 @@ from billing.lightning import (
     InvoiceStatus,
     NodeBalance,
     NodeInfo,
+    OutcomeUnknown,
     PaymentState,
     PaymentStatus,
     Settlement,
@@ -71,6 +72,7 @@ class PhoenixdBackend(RealNode):
         self._receive = receive
         self._pay = pay
         self._feed = feed
+        self._looks_up_by_hash = False
 
     async def _ask_node_info(self) -> NodeInfo:
         info = ok(await self._receive.request("node_info", "GET", "/getinfo"))
@@ -220,7 +222,9 @@ class PhoenixdBackend(RealNode):
         reply = await self._pay.request(
             "lookup_payment", "GET", f"/payments/outgoingbyhash/{payment_hash}"
         )
-        if reply.status == 404 and reply.value is None:
+        if reply.status in (204, 404) and reply.value is None:
+            if reply.status == 404:
+                await self._prove_lookup_by_hash()
             return PaymentStatus(payment_hash, PaymentState.NOT_FOUND)
         payment = ok(reply)
         match state_of(payment):
@@ -247,9 +251,22 @@ class PhoenixdBackend(RealNode):
         await self._receive.aclose()
         await self._pay.aclose()
 
+    async def _prove_lookup_by_hash(self) -> None:
+        """Newer versions answer 204 for an unknown hash; older ones 404, with the very words they
+        have for an unknown address. A version, or a proxy, without this address must not pass for
+        one that knows of no payment: of a hash that is none only the right one answers 400."""
+        if self._looks_up_by_hash:
+            return
+        path = "/payments/outgoingbyhash/not-a-hash"
+        probe = await self._pay.request("lookup_payment", "GET", path)
+        if probe.status != 400:
+            words = "this phoenixd, or a proxy before it, has no look-up of payments by their hash"
+            raise OutcomeUnknown(self.name, "lookup_payment", words, f"HTTP {probe.status}")
+        self._looks_up_by_hash = True
+
     async def _incoming(self, operation: str, payment_hash: str) -> Fields | None:
         reply = await self._receive.request(operation, "GET", f"/payments/incoming/{payment_hash}")
-        if reply.status == 404 and reply.value is None:
+        if reply.status in (204, 404) and reply.value is None:
             return None
         return ok(reply)
 

@@ -125,7 +125,7 @@ class _Phoenixd:
         payment_hash = request.path_params["payment_hash"]
         record = await self._core.network.lookup_invoice(self._core.wallet, payment_hash)
         if record is None:
-            return PlainTextResponse("Unknown incoming payment", status_code=404)
+            return Response(status_code=204)
         return JSONResponse(await self._incoming(record))
 
     async def list_incoming(self, request: Request, body: Any) -> Response:
@@ -181,7 +181,7 @@ class _Phoenixd:
             for record in attempts:
                 if record.state == state:
                     return JSONResponse(self._outgoing(record))
-        return PlainTextResponse("Unknown outgoing payment", status_code=404)
+        return Response(status_code=204)
 
     async def list_outgoing(self, request: Request, body: Any) -> Response:
         paid = await self._core.network.paid_out(self._core.wallet)
