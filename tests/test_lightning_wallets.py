@@ -23,6 +23,7 @@ _OTHERWISE_HERE = {
     "test_an_invoice_lost_on_its_way_is_found_again_by_its_key",
     "test_a_node_that_lost_its_history_says_not_found_and_pays_no_second_time",
     "test_an_invoice_says_what_was_asked_for",
+    "test_a_failed_payment_costs_nothing_and_may_be_tried_again",
 }
 globals().update(
     {
@@ -98,3 +99,21 @@ async def test_a_wallet_that_lost_its_history_pays_no_second_time(rig: Rig) -> N
     assert again.state is PaymentState.UNKNOWN
     assert again.failure_code
     assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
+async def test_a_failed_payment_costs_nothing(rig: Rig) -> None:
+    """LNbits never tries again what its node has called failed; the others do."""
+    bolt11 = await rig.their_invoice(50_000)
+    before = await rig.backend.balance()
+    await rig.go_wrong(FaultKind.FAIL, "pay_invoice")
+    failed = await pay(rig, bolt11)
+    assert failed.state is PaymentState.UNKNOWN
+    assert failed.failure_code
+    assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.FAILED
+    assert await rig.backend.balance() == before
+    again = await pay(rig, bolt11)
+    if rig.backend.name == "lnbits":
+        assert again.state is PaymentState.UNKNOWN
+        assert await rig.left_msat(hash_of(bolt11)) == 0
+    else:
+        assert again.state is PaymentState.SUCCEEDED

@@ -26,12 +26,13 @@ from tests.stand_ins.core import NodeCore
 INVOICE_KEY = "5f4d5a9adbde4875a2318552f074515d"
 ADMIN_KEY = "3a64e97cef604d39aea3c7e288699ce8"
 WALLET_ID = "3cfe60885a7342a6b5566e0936a375c0"
+_NO_RETRY = "Payment is failed node, retrying is not possible."
 _STATUS = {"succeeded": "success", "in_flight": "pending", "failed": "failed"}
 
 
 class LnbitsStandIn:
     """`wait_s`: how long a payment may last before LNbits answers "pending". `reserve_min_msat` is
-    what its operator set; `fail_as_paid` the answer to a second payment inside one server."""
+    what its operator set."""
 
     def __init__(self, core: NodeCore, *, wait_s: float = 5.0) -> None:
         self._core = core
@@ -142,8 +143,10 @@ class LnbitsStandIn:
                     return _error("Payment already paid.", "success")
                 case "in_flight":
                     return _error("Payment is still pending.", "pending")
+                case _:
+                    return _error(_NO_RETRY, "failed")
         if invoice.payment_hash in self._core.disk.given_up:
-            return _error("Payment is failed node, retrying is not possible.", "failed")
+            return _error(_NO_RETRY, "failed")
         self._core.disk.asked_to_pay[invoice.payment_hash] = bolt11
         paying = asyncio.create_task(
             self._core.pay(bolt11, max_fee_msat=reserve_msat, max_cltv=None)
