@@ -16,7 +16,7 @@ from router.api.purchase import PaymentRequired, Purchase, payment_body
 from router.api.sse import EventStream
 from router.api.waiting import ClientGone, abandon, outcomes
 from router.core import Core
-from router.errors import NoSuchThing
+from router.errors import BadRequest, NoSuchThing
 from worker.protocol import Kind
 
 router = APIRouter(tags=["OpenAI"])
@@ -82,6 +82,8 @@ async def _serve(request: Request, kind: Kind) -> Response:
     try:
         core.limiter.job(request)
         wanted = purchase.parse(core, request, kind, await read_json(request))
+        if kind is Kind.EMBEDDING and len(wanted.items) > 1:
+            raise BadRequest("the vectors of one answer come from one model", param="models")
         bought = await purchase.buy(core, request, wanted)
         if wanted.stream and kind is not Kind.EMBEDDING:
             return await _streamed(core, wanted, bought)
