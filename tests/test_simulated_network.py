@@ -345,7 +345,7 @@ def test_asking_for_connect_imports_no_back_end() -> None:
 
 
 def test_an_unknown_back_end_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(UnknownBackend, match=r"'lightnig'; there is: simulated"):
+    with pytest.raises(UnknownBackend, match=r"'lightnig'; there is: cln, .*simulated"):
         connect("lightnig")
 
 
