@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -52,7 +52,10 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked request. `max_tokens` None: the router is to choose."""
+    """A checked request. `max_tokens` None: the router is to choose.
+
+    `echo`: the door repeats the prompts before the answers (`with_echo_at_the_door`).
+    """
 
     kind: Kind
     items: tuple[Item, ...]
@@ -62,6 +65,7 @@ class Request:
     stream: bool = False
     include_usage: bool = False
     base64_embeddings: bool = False
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,16 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
         base64_embeddings=kind is Kind.EMBEDDING and _wants_base64(body),
     )
+
+
+def with_echo_at_the_door(request: Request) -> Request:
+    """The same request, its echo taken from the workers: what they repeat would count as output."""
+    if not any(isinstance(i.spec, CompletionSpec) and i.spec.echo for i in request.items):
+        return request
+    items = (
+        replace(item, spec=item.spec.model_copy(update={"echo": False})) for item in request.items
+    )
+    return replace(request, items=tuple(items), echo=True)
 
 
 def request_hash(kind: Kind, body: Mapping[str, Any]) -> bytes:
@@ -285,6 +299,10 @@ def _is_tokens(value: list[Any]) -> bool:
     return all(isinstance(t, int) and not isinstance(t, bool) for t in value)
 
 
+def _is_token_id(name: Any) -> bool:
+    return isinstance(name, str) and name.isascii() and name.isdigit() and len(name) <= 10
+
+
 def _text_or_tokens(value: Any, param: str) -> str | list[int]:
     if isinstance(value, str) and value:
         return value
@@ -302,6 +320,9 @@ def _build(
     fields: dict[str, Any],
 ) -> Any:
     sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    biases = sampling.get("logit_bias")
+    if isinstance(biases, Mapping) and not all(map(_is_token_id, biases)):
+        raise BadRequest("logit_bias: its names must be token ids", param="logit_bias")
     try:
         return shape(
             model="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -214,3 +215,11 @@ async def test_what_is_held_is_not_in_the_balance_and_comes_back(router: Rig):
         async with event_stream(router, links["events_url"], token(links)) as stream:
             done = (await stream.until("done"))[-1].data["job"]
         assert done["refunded_msat"] == 64
+
+
+@pytest.mark.parametrize("kind", ["image", "", 5, True, [], ["chat"], {"chat": 1}], ids=repr)
+async def test_a_kind_that_is_none_is_refused(router: Rig, kind: Any):
+    async with router.worker():
+        for path in ("/quotes", "/jobs"):
+            said = await router.http.post(path, json=JOB | {"kind": kind})
+            assert (said.status_code, said.json()["error"]["param"]) == (400, "kind")

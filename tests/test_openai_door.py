@@ -231,6 +231,7 @@ async def test_completions_of_several_prompts_with_their_echo(router: Rig, clien
         async def both() -> None:
             for _ in range(2):
                 job = await worker.job()
+                assert not job["job"]["echo"], "engines that are asked to echo do it as well"
                 await worker.say(job, f"<{job['job']['prompt']}>")
                 await worker.finish(job, tokens=1)
 

@@ -108,6 +108,14 @@ def test_the_newer_name_of_max_tokens_wins():
     assert chat(max_tokens=None).max_tokens is None
 
 
+@pytest.mark.parametrize("biases", [{"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"²": 1}], ids=repr)
+def test_biases_for_what_can_be_no_token_are_refused_before_they_cost_anything(biases: Any):
+    with pytest.raises(BadRequest) as refused:
+        chat(logit_bias=biases)
+    assert param_of(refused) == "logit_bias"
+    assert chat(logit_bias={"17": -100}).items[0].spec.sampling.logit_bias == {"17": -100}  # type: ignore[union-attr]
+
+
 # --- models and copies ----------------------------------------------------------------------------
 
 

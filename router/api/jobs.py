@@ -51,7 +51,7 @@ def _kind(body: dict[str, Any]) -> Kind:
     named = body.get("kind")
     if named is None:
         named = "chat" if "messages" in body else "embedding" if "input" in body else "completion"
-    if named not in set(Kind):
+    if not isinstance(named, str) or named not in set(Kind):
         raise BadRequest(f"kind must be one of {', '.join(Kind)}", param="kind")
     return Kind(named)
 

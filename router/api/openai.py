@@ -82,6 +82,7 @@ async def _serve(request: Request, kind: Kind) -> Response:
     try:
         core.limiter.job(request)
         wanted = purchase.parse(core, request, kind, await read_json(request))
+        wanted = requests.with_echo_at_the_door(wanted)
         if kind is Kind.EMBEDDING and len(wanted.items) > 1:
             raise BadRequest("the vectors of one answer come from one model", param="models")
         bought = await purchase.buy(core, request, wanted)
@@ -119,7 +120,7 @@ async def _whole(
         body = shapes.error_body(problem)
         return answer(body, status=problem.status, headers=headers | problem.headers)
     body = shapes.combined(wanted.kind, jobs)
-    if wanted.kind is Kind.COMPLETION:
+    if wanted.echo:
         body = shapes.with_echoes(body, [item.spec for item in wanted.items])
     if wanted.base64_embeddings:
         body = shapes.base64_vectors(body)

@@ -70,14 +70,12 @@ def failed_usage(outcome: Outcome, job_id: str) -> dict[str, Any]:
 
 
 def echoed(spec: JobSpec) -> str:
-    """What a completion repeats before its own text. Workers are not asked to: nobody pays for it."""
-    if isinstance(spec, CompletionSpec) and spec.echo and isinstance(spec.prompt, str):
-        return spec.prompt
-    return ""
+    """What a completion repeats before its own text."""
+    return spec.prompt if isinstance(spec, CompletionSpec) and isinstance(spec.prompt, str) else ""
 
 
 def with_echoes(body: dict[str, Any], specs: Sequence[JobSpec]) -> dict[str, Any]:
-    """A completion answer, with the prompts before the texts where that was asked."""
+    """A completion answer with the prompts before the texts."""
     choices = [
         {**choice, "text": echoed(specs[choice["index"]]) + choice["text"]}
         for choice in body["choices"]

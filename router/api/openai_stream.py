@@ -99,7 +99,7 @@ class _Writer:
 
     def __init__(self, wanted: requests.Request, bought: Purchase) -> None:
         self._include_usage = wanted.include_usage
-        self._echoes = [shapes.echoed(item.spec) for item in wanted.items]
+        self._echoes = [shapes.echoed(item.spec) if wanted.echo else "" for item in wanted.items]
         self._job_ids = bought.job_ids
         self._begun: set[int] = set()
         self._ended: dict[int, Outcome] = {}
