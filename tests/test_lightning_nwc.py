@@ -3,6 +3,7 @@ of both, with real signatures and real encryption."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -275,6 +276,19 @@ async def test_a_wallet_without_states_is_read_by_its_times(rig: NwcRig) -> None
     status = await pay(rig, await rig.their_invoice(50_000))
     looked_up = await rig.backend.lookup_payment(status.payment_hash)
     assert looked_up == status and status.state is PaymentState.SUCCEEDED
+
+
+@with_wallet(encryption=None)
+async def test_a_wallet_that_offers_nothing_else_is_spoken_to_by_nip04(rig: NwcRig) -> None:
+    invoice = await ask(rig)
+    told = asyncio.create_task(take(rig, None, 1))
+    await rig.pay_us(invoice.bolt11)
+    assert [one.payment_hash for one in await told] == [invoice.payment_hash]
+    bolt11 = await rig.their_invoice(50_000)
+    assert (await pay(rig, bolt11)).state is PaymentState.SUCCEEDED
+    assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.SUCCEEDED
+    for event in rig.wallet.events:
+        assert event.tag("encryption") is None and "?iv=" in event.content
 
 
 async def test_a_lost_connection_is_made_again(rig: NwcRig) -> None:

@@ -15,7 +15,7 @@ from billing import bolt11_codec
 from billing.lightning import Invoice, OutcomeUnknown, PaymentState
 from billing.lightning.simulated.faults import FaultKind
 from tests import test_lightning_backends as suite
-from tests.lightning_rig import Rig, SimulatedRig, hash_of, pay
+from tests.lightning_rig import Rig, hash_of, pay
 from tests.stand_ins.wallet_rig import NwcRig, WalletRig
 
 _OTHERWISE_HERE = {
@@ -33,17 +33,13 @@ globals().update(
     }
 )
 
-KINDS = ["nwc", "nwc by NIP-04", "lnbits", "electrum 4.3.4", "electrum 4.8.1"]
+KINDS = ["nwc", "lnbits", "electrum"]
 
 
 @pytest.fixture(params=[f"{kind} (stand-in)" for kind in KINDS])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
-    kind, _, variant = request.param.removesuffix(" (stand-in)").partition(" ")
-    rig: SimulatedRig
-    if kind == "nwc":
-        rig = NwcRig(tmp_path, encryption=None if variant else "nip44_v2 nip04")
-    else:
-        rig = WalletRig(tmp_path, kind, version=variant or "4.3.4")
+    kind = request.param.partition(" ")[0]
+    rig = NwcRig(tmp_path) if kind == "nwc" else WalletRig(tmp_path, kind)
     await rig.start()
     yield rig
     assert (await rig.network.audit()).balances
