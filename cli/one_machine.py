@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from router.settings import Settings
 
 LIGHTNING_PORT = 9740
 READY_S = 120.0
+LEAVING_S, LEAVING_TRIES = 5.0, 25
 WORKER_GRACE_S = 45.0
 
 Say = Callable[[str], None]
@@ -150,7 +152,7 @@ async def _start_lightning(
         return ""
     say("starting the simulated Lightning network (no real money)")
     folder = settings.data_dir / "lightning"
-    port = _free_port(folder)
+    port = await asyncio.to_thread(_free_port, folder)
     await children.start(
         Child(
             "lightning",
@@ -178,13 +180,18 @@ async def _start_lightning(
 
 
 def _free_port(folder: Path) -> int:
-    """The port of the last time, since Lightning addresses name it, or a free one."""
+    """The port of the last time, since Lightning addresses name it, or a free one.
+
+    After a crash of ours the network of the last time may need a moment to leave it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     remembered = folder / "port"
     wanted = [LIGHTNING_PORT, 0]
     with suppress(OSError, ValueError):
-        wanted.insert(0, int(remembered.read_text()))
-    for port in wanted:
+        wanted = [int(remembered.read_text())] * LEAVING_TRIES + wanted
+    for turn, port in enumerate(wanted):
+        if turn and port == wanted[0]:
+            time.sleep(LEAVING_S / LEAVING_TRIES)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
             found = probe.getsockname()[1]
             remembered.write_text(str(found))
