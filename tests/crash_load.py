@@ -40,11 +40,16 @@ class Notes:
     wrong: list[str] = field(default_factory=list)
     happened: Counter[str] = field(default_factory=Counter)
 
+    def found(self, what: str) -> None:
+        """Something that must not be. The same again is not repeated."""
+        if what not in self.wrong:
+            self.wrong.append(what)
+
     def answer(self, job_id: str, text: str) -> None:
         """A whole answer; told twice it must be the same."""
         before = self.answers.setdefault(job_id, text)
         if before != text:
-            self.wrong.append(f"job {job_id} was answered twice, and not alike")
+            self.found(f"job {job_id} was answered twice, and not alike")
 
 
 @dataclass(slots=True)
@@ -145,7 +150,7 @@ class Clients:
         job = await self._repeat(lambda: self._ask(credential.body, credential.headers))
         if job is not None:
             if credential.job_id not in (None, job):
-                self.notes.wrong.append(f"one credential, two jobs: {credential.job_id}, {job}")
+                self.notes.found(f"one credential, two jobs: {credential.job_id}, {job}")
             credential.job_id = job
             credential.ended = "answered" if job in self.notes.answers else "refunded"
         else:
@@ -201,7 +206,7 @@ class Clients:
             if isinstance(found, str):
                 before = self.notes.withdrawals.setdefault(invoice["payment_hash"], found)
                 if before != found:
-                    self.notes.wrong.append("one invoice, two withdrawals")
+                    self.notes.found("one invoice, two withdrawals")
 
     async def _walk_away(self) -> None:
         """A client that closes its connection in the middle."""
@@ -224,7 +229,7 @@ class Clients:
             self._again_unless(begun, 202)
             jobs = begun.json()["jobs"]
             if len(jobs) != body["n"]:
-                self.notes.wrong.append(f"quote {quote_id} has {len(jobs)} jobs, not {body['n']}")
+                self.notes.found(f"quote {quote_id} has {len(jobs)} jobs, not {body['n']}")
 
         await self._repeat(start)
 
@@ -295,12 +300,10 @@ class Clients:
         if reply.status_code >= 500 or reply.status_code == 401:
             # 401: the router has not heard of the payment yet.
             if reply.status_code == 500:
-                self.notes.wrong.append(f"{reply.request.url.path}: 500 {reply.text[:300]}")
+                self.notes.found(f"{reply.request.url.path}: 500 {reply.text[:300]}")
             raise httpx.HTTPStatusError("again", request=reply.request, response=reply)
         if reply.status_code not in (402, 404, 409):
-            self.notes.wrong.append(
-                f"{reply.request.url.path}: {reply.status_code} {reply.text[:300]}"
-            )
+            self.notes.found(f"{reply.request.url.path}: {reply.status_code} {reply.text[:300]}")
         raise GaveUp
 
     async def _repeat(self, work: Callable[[], Awaitable[Any]]) -> Any:
