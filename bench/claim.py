@@ -29,7 +29,7 @@ from router import job_queue, job_store
 from router.database import migrate
 from router.dispatcher import SPARE_HEADS
 from router.embedded_postgres import EmbeddedPostgres
-from router.job_store import Claim
+from router.job_records import Claim
 from router.lanes import Edges, drained_by, lane
 from worker.protocol import ModelKind, ServedModel
 

@@ -28,7 +28,7 @@ from billing.outside_url import OutsideRules
 from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
 from billing.withdrawals import Withdrawals
-from router import administration, job_store, worker_controls, workers
+from router import administration, job_store, job_submits, worker_controls, workers
 from router.api import (
     admin,
     admin_work,
@@ -210,7 +210,7 @@ def _join(
     writer = BatchingWriter(
         database,
         {
-            "submit": job_store.submit_many,
+            "submit": job_submits.submit_many,
             "claim": job_store.claim_many,
             "end": lambda connection, rows: job_store.end_many(
                 connection, rows, wipe_after_s=settings.wipe_after_s

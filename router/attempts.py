@@ -24,8 +24,8 @@ import orjson
 from router import charging, results
 from router.charging import NOTHING, Charge, Delivered
 from router.database import BatchingWriter, Database, DatabaseUnavailable
+from router.job_records import Claimed, Ended, Ending, GiveBack
 from router.job_states import Event, State
-from router.job_store import Claimed, Ended, Ending, GiveBack
 from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, outcome_of
 from router.market import Market

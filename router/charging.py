@@ -14,7 +14,7 @@ from typing import Any
 
 from billing import fees
 from billing.fees import Rates
-from router.job_store import Claimed
+from router.job_records import Claimed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads
-from router.job_store import Claim, Claimed
+from router.job_records import Claim, Claimed
 from router.workers import Fleet, Worker
 
 log = logging.getLogger(__name__)

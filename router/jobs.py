@@ -18,12 +18,12 @@ from typing import Any
 from billing import accounts, fees, ledger
 from billing.errors import InsufficientFunds
 from billing.ledger import Transfer
-from router import job_queue, job_store
+from router import job_queue, job_submits
 from router.attempts import Attempts
 from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
 from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
+from router.job_records import Ending, NewQuote, Submission, Submitted
 from router.job_states import Event, State
-from router.job_store import Ending, NewQuote, Submission, Submitted
 from router.job_stream import StreamHub
 from router.job_views import Outcome, job_view, outcome_of
 from router.market import Market, Place
@@ -94,7 +94,7 @@ class Jobs:
     async def submitted(self, once: tuple[str, str], request_hash: bytes) -> str | None:
         """The quote that was submitted before as `once`. Raises IdempotencyConflict."""
         async with self._database.connection() as connection:
-            return await job_store.find_submitted(connection, once, request_hash)
+            return await job_submits.find_submitted(connection, once, request_hash)
 
     async def _submit(self, submission: Submission) -> Submitted:
         """Write a submission, and where the database went away in the middle, find out.

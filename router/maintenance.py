@@ -21,8 +21,8 @@ from router import charging, job_queue, job_store, kept_chunks, workers
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
 from router.database import Database, DatabaseUnavailable
+from router.job_records import Claimed, Ending
 from router.job_states import Event, State
-from router.job_store import Claimed, Ending
 from router.job_stream import StreamHub
 from router.lanes import Edges
 from router.models import Models

@@ -23,7 +23,7 @@ from worker.protocol import ModelKind
 # A snapshot that was not cheap is used for this many times as long as it took to read: a short queue
 # is shown as it is, a long one costs a few per cent of a connection.
 REUSE_FACTOR = 20
-CHEAP_S = 0.005
+CHEAP_S = 0.03
 OTHERS_S = 0.2
 FRESH_MOST_S = 2.0
 # How old it may be for a decision that need not be exact, such as "the queue is full".

@@ -26,10 +26,10 @@ from billing.fees import ONE_MILLI, Rates
 from billing.invoices import Credit, InvoiceWatcher, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
-from router import job_store
+from router import job_store, job_submits
 from router.database import Database
 from router.errors import BadRequest, Conflict, FeeTooHigh, NoSuchQuote, QuoteExpired
-from router.job_store import NewJob, NewQuote
+from router.job_records import NewJob, NewQuote
 from router.models import Models
 from router.requests import Item, Request
 from router.settings import Settings
@@ -359,7 +359,7 @@ class Quotes:
             account_id,
             payment_hash,
         )
-        await job_store.store_awaiting(connection, quote, account_id)
+        await job_submits.store_awaiting(connection, quote, account_id)
         return await invoices.store_invoice(
             connection,
             payment_hash=payment_hash,
@@ -411,8 +411,8 @@ class Quotes:
             await connection.execute(
                 "update quotes set account_id = $2 where id = $1", quote_id, account_id
             )
-            await job_store.store_awaiting(connection, stored.quote, account_id, key_id=key_id)
-            await job_store.start_quote(
+            await job_submits.store_awaiting(connection, stored.quote, account_id, key_id=key_id)
+            await job_submits.start_quote(
                 connection, quote_id, lanes={job.id: job.lane for job in stored.quote.jobs}
             )
 
@@ -438,7 +438,7 @@ class Quotes:
             for job in jobs
         }
         try:
-            return await job_store.start_quote(connection, credit.reference, lanes=lanes)
+            return await job_submits.start_quote(connection, credit.reference, lanes=lanes)
         except QuoteExpired:
             await self._mark_late(connection, credit.reference)
             return []

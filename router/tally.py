@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from router.job_store import Ended, Ending
+from router.job_records import Ended, Ending
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from billing.lightning_address import LightningAddresses
 from router import workers
 from router.attempts import Attempts
 from router.database import Database
-from router.job_store import Claimed
+from router.job_records import Claimed
 from router.models import Models
 from router.settings import Settings
 from router.worker_sessions import Connection, WorkerSession

@@ -16,7 +16,7 @@ import orjson
 from pydantic import ValidationError
 
 from router.attempts import Attempts, RunningAttempt
-from router.job_store import Claimed
+from router.job_records import Claimed
 from router.workers import Worker
 from worker.protocol import (
     MOST_TOKENS,

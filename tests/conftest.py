@@ -77,6 +77,6 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def router(tmp_path: Path, database_url: str) -> AsyncIterator[Rig]:
-    """A running router; `@pytest.mark.settings(...)` changes its settings."""
+    """A running router with the settings of `running_rig`."""
     async with running_rig(tmp_path, database_url) as rig:
         yield rig

@@ -10,9 +10,9 @@ from typing import Any
 
 from billing import accounts, ledger
 from billing.ledger import Transfer
-from router import job_store
+from router import job_submits, job_records, job_store
 from router.job_states import Event, State
-from router.job_store import Claim, Claimed, Ending, NewJob, NewQuote, Submission, Submitted
+from router.job_records import Claim, Claimed, Ending, NewJob, NewQuote, Submission, Submitted
 
 RATES = {"prompt_fee_msat": 1000, "input_msat_per_mtok": 0, "output_msat_per_mtok": 0}
 LANE = "text/512/512/test-model"
@@ -61,7 +61,7 @@ async def payer(connection: Any, amount_msat: int = 1_000_000) -> str:
 
 async def submit(connection: Any, account_id: str, *jobs: NewJob) -> Submitted:
     quote = new_quote(*jobs)
-    (result,) = await job_store.submit_many(connection, [Submission(quote, account_id)])
+    (result,) = await job_submits.submit_many(connection, [Submission(quote, account_id)])
     assert isinstance(result, Submitted), result
     return result
 
@@ -74,7 +74,7 @@ async def claim(connection: Any, job_id: str, worker_id: str = "w1") -> Claimed 
     return claimed
 
 
-async def end(connection: Any, ending: Ending) -> job_store.Ended | None:
+async def end(connection: Any, ending: Ending) -> job_records.Ended | None:
     (ended,) = await job_store.end_many(connection, [ending], wipe_after_s=600)
     return ended
 
@@ -92,7 +92,7 @@ async def awaiting_job(connection: Any, account_id: str) -> NewJob:
         quote.base_fee_msat,
         quote.offer_msat,
     )
-    await job_store.store_awaiting(connection, quote, account_id)
+    await job_submits.store_awaiting(connection, quote, account_id)
     return job
 
 

@@ -17,8 +17,8 @@ from billing.ledger import Transfer
 from billing.lightning import BackendUnavailable, NodeInfo
 from router.api import operations
 from router.core import Core
+from router.job_records import Ended, Ending
 from router.job_states import Event, State
-from router.job_store import Ended, Ending
 from router.metrics import Metrics
 from router.tally import Tally
 from tests.balance_tools import CHAT

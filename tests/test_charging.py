@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.charging import Delivered, charge, usage
-from router.job_store import Claimed
+from router.job_records import Claimed
 from tests.door_tools import RATES, balance_msat, post_job, set_rates, until_state
 from tests.router_rig import ADMIN_TOKEN, Rig
 

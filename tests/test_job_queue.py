@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from router import job_queue, job_store
+from router import job_queue, job_store, job_submits
 from router.database import Database
+from router.job_records import Ending, GiveBack, Submission
 from router.job_states import Event
-from router.job_store import Ending, GiveBack, Submission
 from tests.job_tools import LANE, claim, end, new_job, new_quote, payer, submit
 from tests.router_rig import MODEL, running_rig
 
@@ -41,7 +41,7 @@ async def test_jobs_of_one_batch_keep_the_order_of_the_batch(database: Database)
     async with database.transaction() as connection:
         account_id = await payer(connection)
         quotes = [new_quote(new_job(), new_job(index=1)) for _ in range(20)]
-        await job_store.submit_many(connection, [Submission(q, account_id) for q in quotes])
+        await job_submits.submit_many(connection, [Submission(q, account_id) for q in quotes])
         assert await _order(connection) == [job.id for quote in quotes for job in quote.jobs]
 
 

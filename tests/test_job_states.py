@@ -8,11 +8,11 @@ import pytest
 
 from billing import ledger
 from billing.trial_balance import trial_balance
-from router import job_states, job_store
+from router import job_states, job_store, job_submits
 from router.database import Database
 from router.errors import QuoteExpired
+from router.job_records import Ending, GiveBack
 from router.job_states import FINAL, MOVES, Event, IllegalMove, State
-from router.job_store import Ending, GiveBack
 from tests.job_tools import LANE, OFFER_MSAT, claim, end, job_in, payer, state_of
 
 ALL_PAIRS = [(event, state) for event in Event for state in State]
@@ -61,7 +61,7 @@ async def _happen(connection: Any, event: Event, job_id: str) -> bool:
     if event is Event.PAY:
         # The quote has a guard of its own; here it is opened so that only the job's is left.
         await connection.execute("update quotes set state = 'open' where id = $1", row["quote_id"])
-        started = await job_store.start_quote(connection, row["quote_id"], lanes={job_id: LANE})
+        started = await job_submits.start_quote(connection, row["quote_id"], lanes={job_id: LANE})
         return job_id in started
     if event is Event.CLAIM:
         return await claim(connection, job_id) is not None
@@ -141,5 +141,5 @@ async def test_a_quote_that_is_not_open_starts_nothing(database: Database):
         for closed in ("expired", "late", "paid"):
             await connection.execute("update quotes set state = $2 where id = $1", quote_id, closed)
             with pytest.raises(QuoteExpired):
-                await job_store.start_quote(connection, quote_id, lanes={job.id: LANE})
+                await job_submits.start_quote(connection, quote_id, lanes={job.id: LANE})
         assert await state_of(connection, job.id) is State.AWAITING_PAYMENT

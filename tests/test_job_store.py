@@ -10,11 +10,11 @@ import pytest
 
 from billing import accounts, ledger
 from billing.trial_balance import trial_balance
-from router import job_store
+from router import job_records, job_store, job_submits
 from router.database import Database
 from router.errors import IdempotencyConflict, NotEnoughBalance
+from router.job_records import Ending, GiveBack, Submission, Submitted
 from router.job_states import FINAL, Event, State
-from router.job_store import Ending, GiveBack, Submission, Submitted
 from tests.job_tools import LANE, OFFER_MSAT, claim, end, new_job, new_quote, payer, state_of
 
 FUNDS = 60_000
@@ -22,7 +22,7 @@ HASH, OTHER = b"\x01" * 32, b"\x02" * 32
 
 
 async def submit(connection: Any, *rows: Submission) -> list[Any]:
-    return await job_store.submit_many(connection, list(rows))
+    return await job_submits.submit_many(connection, list(rows))
 
 
 def order(account_id: str, *, key: str = "k", request: bytes = HASH, **more: Any) -> Submission:
@@ -127,7 +127,7 @@ async def test_a_claim_that_came_too_late_changes_nothing_for_those_beside_it(da
         ids = [row.quote.jobs[0].id for row in rows]
         assert await end(connection, Ending(ids[1], Event.CANCEL, "cancelled"))
         claims = [
-            job_store.Claim(job_id, f"w{i}", "r", 0, await _soon(connection))
+            job_records.Claim(job_id, f"w{i}", "r", 0, await _soon(connection))
             for i, job_id in enumerate([*ids, "nowhere"])
         ]
         claimed = await job_store.claim_many(connection, claims)
@@ -169,7 +169,7 @@ async def _something(
             account_id = dice.choice(payers)
             key_id = keys[account_id] if dice.random() < 0.5 else None
             rows.append(Submission(new_quote(new_job(spec="{}")), account_id, key_id))
-        results = await job_store.submit_many(connection, rows)
+        results = await job_submits.submit_many(connection, rows)
         for row, result in zip(rows, results, strict=True):
             if isinstance(result, Submitted):
                 jobs.append(row.quote.jobs[0].id)

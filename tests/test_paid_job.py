@@ -75,13 +75,9 @@ async def test_the_dearer_job_behind_a_busy_worker_is_served_first(router: Rig):
             return task
 
         cheap = await bought("1.000")
-        info = (await router.http.get("/info")).json()
-        assert info["queue_length"] == 1
+        assert (await _info(router, queue_length=1))["multiplier_to_be_next"] == "1.001"
         dear = await bought("2.000")
-        await asyncio.sleep(0.6)
-        model = (await router.http.get("/info")).json()["models"][0]
-        assert model["queue_length"] == 2
-        assert model["multiplier_to_be_next"] == "2.001"
+        assert (await _info(router, queue_length=2))["multiplier_to_be_next"] == "2.001"
         await worker.finish(busy, tokens=1)
         order = []
         for _ in range(2):
@@ -95,6 +91,16 @@ async def test_the_dearer_job_behind_a_busy_worker_is_served_first(router: Rig):
         replies = await asyncio.gather(first, cheap, dear)
     assert [reply.status_code for reply in replies] == [200, 200, 200]
     assert (await router.books()).in_order
+
+
+async def _info(router: Rig, *, queue_length: int) -> dict[str, Any]:
+    """The model as `/info` shows it, once it has seen the queue."""
+    async with asyncio.timeout(5):
+        while True:
+            info = (await router.http.get("/info")).json()
+            if info["queue_length"] == queue_length:
+                return info["models"][0]
+            await asyncio.sleep(0.02)
 
 
 async def _until_waiting(router: Rig, multiplier: str) -> None:

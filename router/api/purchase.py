@@ -19,7 +19,7 @@ from router.api import payment
 from router.api.payment import Offer, Payer
 from router.core import Core
 from router.errors import Draining, NotEnoughBalance, Paused, QueueFull
-from router.job_store import NewJob, NewQuote
+from router.job_records import NewJob, NewQuote
 from router.job_views import time_text
 from router.market import ROUGHLY_S
 from router.requests import Terms

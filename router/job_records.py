@@ -1,0 +1,141 @@
+"""The rows that quotes, jobs and attempts are written from, and what a write answers. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from router.job_states import Event, State
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A priced job. `spec` is the JSON of its JobSpec, `rates` of its Rates."""
+
+    id: str
+    index: int
+    kind: str
+    model: str
+    spec: str
+    rates: str
+    prompt_tokens: int
+    max_tokens: int
+    base_fee_msat: int
+    offer_msat: int
+    multiplier_milli: int
+    lane: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewQuote:
+    """A priced request. `request` is kept with it until its jobs exist."""
+
+    id: str
+    request_hash: bytes
+    base_fee_msat: int
+    offer_msat: int
+    max_wait_s: int
+    jobs: tuple[NewJob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request to be paid from a balance and queued now.
+
+    `key_id` names the key only where it has a spending limit. `once` is (scope, key): the same pair
+    with the same request is the same submission. `attached_to`: the router whose client takes the
+    jobs along when it goes.
+    """
+
+    quote: NewQuote
+    account_id: str
+    key_id: str | None = None
+    once: tuple[str, str] | None = None
+    attached_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """`repeated`: it had been submitted before, as `quote_id`."""
+
+    quote_id: str
+    repeated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    job_id: str
+    worker_id: str
+    router_id: str
+    commission_ppm: int
+    lease_ends_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A job that is now running on a worker, with all that is needed to settle it."""
+
+    job_id: str
+    attempt: int
+    worker_id: str
+    quote_id: str
+    account_id: str
+    kind: str
+    model: str
+    spec: str
+    rates: str
+    prompt_tokens: int
+    max_tokens: int
+    held_msat: int
+    multiplier_milli: int
+    commission_ppm: int
+    queued_at: datetime
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A job's last move. `attempt` None: whichever is current (a cancel, an expiry).
+
+    `charge_msat` is at most what is held; `payee` is the worker's id, None when it is not to be
+    paid. `outcome`, `blame` and `error` go into the attempt's record.
+    """
+
+    job_id: str
+    event: Event
+    end_reason: str
+    attempt: int | None = None
+    charge_msat: int = 0
+    payee: str | None = None
+    result: str | None = None
+    usage: str | None = None
+    first_token_at: datetime | None = None
+    outcome: str | None = None
+    blame: str | None = None
+    error: str | None = None
+    tokens: int | None = None
+    had_chunks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the move did; None in place of this: the job was not in a state for it."""
+
+    job_id: str
+    state: State
+    held_msat: int
+    charged_msat: int
+    refunded_msat: int
+    ended_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """A running job whose worker is lost or returned it; it waits again, in its old place."""
+
+    job_id: str
+    attempt: int
+    lane: str
+    outcome: str
+    blame: str
+    error: str | None = None
