@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 from billing.accounts import new_id
-from router.lanes import BASE_EDGES, Edges, drained_by
+from router.lanes import BASE_EDGES, Edges, answer_limit, drained_by
 from worker.protocol import ModelKind, Registration, ServedModel
 
 # Weight of the newest observation in moving averages of speed, duration and reliability.
@@ -85,17 +86,23 @@ def _average(old: float | None, new: float) -> float:
     return new if old is None else old + _NEWEST * (new - old)
 
 
+# What decides the lanes of a worker: kind, id, context and answer limits of its models.
+_Limits = tuple[tuple[ModelKind, str, int, int], ...]
+
+
 class Fleet:
     """The workers connected to this router."""
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        # Lanes that no worker drains any more are forgotten with the last one.
+        self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
         self.edges = Edges()
 
     def add(self, worker: Worker) -> None:
         """Take a worker in; the edges must hold its limits already."""
         self._workers[worker.id] = worker
-        worker.lanes = frozenset(drained_by(self.edges, worker.models))
+        worker.lanes = self._lanes_of(worker)
 
     def remove(self, worker: Worker) -> None:
         if self._workers.get(worker.id) is worker:
@@ -103,8 +110,21 @@ class Fleet:
 
     def set_edges(self, edges: Edges) -> None:
         self.edges = edges
+        self._lanes.clear()
         for worker in self._workers.values():
-            worker.lanes = frozenset(drained_by(edges, worker.models))
+            worker.lanes = self._lanes_of(worker)
+
+    def _lanes_of(self, worker: Worker) -> frozenset[str]:
+        """The lanes that a worker drains, shared by all whose models have the same limits.
+
+        Thousands of workers serve the same few models: lanes of their own for each would be most
+        of what one needs in memory.
+        """
+        limits = tuple((m.kind, m.id, m.context_length, answer_limit(m)) for m in worker.models)
+        lanes = self._lanes.get(limits)
+        if lanes is None:
+            lanes = self._lanes[limits] = frozenset(drained_by(self.edges, worker.models))
+        return lanes
 
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
