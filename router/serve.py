@@ -7,15 +7,19 @@ import contextlib
 import gc
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # A worker may be deaf for minutes while it loads a model (QB-P21).
 PING_INTERVAL_S = 30.0
 PING_TIMEOUT_S = 300.0
 MAX_FRAME_BYTES = 64 << 20
 STREAMS_END_S = 30
+# Of a request without its body; credentials of several kilobytes fit many times over.
+MAX_HEAD_BYTES = 64 << 10
 
 
 class RouterServer:
@@ -34,6 +38,7 @@ class RouterServer:
                 app,
                 # Entered by ourselves: uvicorn logs what goes wrong in it, and ends the process.
                 lifespan="off",
+                http=_BoundedHeads,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 ws_max_size=MAX_FRAME_BYTES,
@@ -80,6 +85,32 @@ class RouterServer:
             await task
         finally:
             await self._lifespan.__aexit__(None, None, None)
+
+
+class _BoundedHeads(HttpToolsProtocol):
+    """Refuses a head that does not end: the parser joins its pieces, and copies all of it for each."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too long.")
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

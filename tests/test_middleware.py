@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -126,6 +127,35 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_is_no_fault_of_the_r
     assert (await small.http.get("/info")).status_code == 200
     del reader
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_head_that_does_not_end_is_refused_and_a_long_body_in_small_pieces_is_not(
+    router: Rig,
+):
+    """One unfinished header of many megabytes kept everybody else waiting for seconds."""
+    host = router.url.removeprefix("http://").split(":")
+    starts = (b"GET /info HTTP/1.1\r\nHost: a\r\nX-Long: ", b"GET /")
+    trailer = b"POST /quotes HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Long: "
+    for start in (*starts, trailer):
+        reader, writer = await asyncio.open_connection(*host)
+        writer.write(start)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(40):
+                writer.write(b"a" * 50_000)
+                await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            said = await asyncio.wait_for(reader.read(), 5)
+            assert said.startswith(b"HTTP/1.1 400 "), said[:100]
+        writer.close()
+
+    async def pieces():
+        for _ in range(2000):
+            yield b" " * 100
+        yield b'{"model": "nobody", "prompt": "x"}'
+
+    long = {"Authorization": "Bearer " + "x" * 20_000}
+    reply = await router.http.post("/quotes", content=pieces(), headers=long)
+    assert code(reply) == (404, "unknown_model")
 
 
 # --- limits ---------------------------------------------------------------------------------------
