@@ -303,9 +303,9 @@ async def test_a_job_that_is_cancelled_between_claim_and_assignment_is_stopped(r
         async def start() -> None:
             router.core.gate.assign(await router.core.writer.write("claim", claim), idle)
 
-        outcome, _ = await asyncio.gather(
-            *map(asyncio.create_task, (router.core.jobs.cancel(job_id), start()))
-        )
+        cancelling = asyncio.create_task(router.core.jobs.cancel(job_id))
+        await asyncio.create_task(start())
+        outcome = await cancelling
         assert outcome.state == "cancelled" and outcome.charged_msat == 0
         await worker.job()
         assert (await worker.receive())["type"] == "cancel"
