@@ -184,7 +184,7 @@ def _free_port(folder: Path) -> int:
 
     After a crash of ours the network of the last time may need a moment to leave it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     remembered = folder / "port"
     wanted = [LIGHTNING_PORT, 0]
     with suppress(OSError, ValueError):

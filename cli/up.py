@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
 def log_to_file(settings: UpSettings) -> Path:
     """Send the router's log to `logs/router.log`; warnings also to the screen."""
     folder = settings.data_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "router.log"
     set_up(settings.log_format, file=path, screen_level=logging.ERROR)
     return path

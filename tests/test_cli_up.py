@@ -122,6 +122,8 @@ def test_up_sells_prompts_stops_cleanly_and_goes_on_with_the_same_books(tmp_path
         assert httpx.get(f"{url}/info", trust_env=False).json()["simulated"] is True
         children = psutil.Process(first.process.pid).children(recursive=True)
         assert len(children) >= 3  # PostgreSQL, the simulated network, the worker
+        for private in ("logs", "lightning", "worker"):  # wallets, and who asked for what when
+            assert (folder / private).stat().st_mode & 0o077 == 0
 
         # An invoice is paid with simulated money, and its preimage is the proof.
         due = httpx.post(f"{url}/balance/topups", json={"amount_msat": 50_000}, trust_env=False)

@@ -353,7 +353,7 @@ async def _delay_or_refuse(fault: Fault) -> None:
 
 def _lock(data_dir: Path) -> TextIO:
     """Held until the file is closed or the process is dead, however it died."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = (data_dir / f"{DATABASE_NAME}.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
