@@ -158,8 +158,14 @@ class Maintenance:
             )
         # What has begun while we looked is not lost.
         lost = [row for row in rows if row["id"] not in self._attempts.running]
-        await asyncio.gather(*(self._lost(row) for row in lost))
-        return len(lost)
+        ends = await asyncio.gather(*(self._lost(row) for row in lost), return_exceptions=True)
+        for row, error in zip(lost, ends, strict=True):
+            if isinstance(error, DatabaseUnavailable):
+                raise error
+            if error is not None:
+                # One job that cannot be taken back must not keep the others, or a start, waiting.
+                log.error("job not taken back job=%s", row["id"], exc_info=error)
+        return ends.count(None)
 
     async def _lost(self, row: Any) -> None:
         """The router or worker of a running job is gone, and with it the stream in memory."""

@@ -246,6 +246,26 @@ async def test_a_claim_that_was_never_sent_is_taken_back(router: Rig):
     assert (await router.books()).in_order
 
 
+async def test_one_job_that_cannot_be_taken_back_does_not_keep_the_others(router: Rig):
+    """Else a single broken row would keep a router from ever starting again."""
+    key = await router.bearer()
+    async with router.worker(slots=2) as worker:
+        router.core.dispatcher.paused = True
+        ids = []
+        for _ in range(2):
+            made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+            ids.append(made.json()["jobs"][0]["id"])
+            claim = Claim(
+                ids[-1], worker.id, router.core.router_id, 0, utc_now() + timedelta(minutes=1)
+            )
+            assert await router.core.writer.write("claim", claim)
+        await router.query("update jobs set kind = 'nonsense' where id = $1", ids[0])
+        async with asyncio.timeout(PATIENCE_S):
+            assert await router.core.maintenance.take_back_own() == 1
+        assert await state_of(router, "jobs", ids[1]) == "queued"
+        assert await state_of(router, "jobs", ids[0]) == "running"
+
+
 async def test_a_running_job_is_not_taken_for_an_unsent_claim(router: Rig):
     async with router.worker() as worker:
         asked = ask(router, await router.bearer())
