@@ -42,7 +42,7 @@ def sh(name: str, script: str, **rest: object) -> Child:
     return Child(name, ["sh", "-c", script], **rest)  # type: ignore[arg-type]
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 30) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
@@ -60,7 +60,7 @@ async def test_what_a_child_prints_is_shown_and_kept_in_its_own_log(
 ) -> None:
     await children.start(sh("speaker", "echo $GREETING; echo oh >&2; printf last", keep=False,
                             env={"GREETING": "good day"}))  # fmt: skip
-    ended = await asyncio.wait_for(children.next_end(), 10)
+    ended = await asyncio.wait_for(children.next_end(), 30)
     assert ended == Ended("speaker", 0, ("good day", "oh", "last"))
     assert shown == [("speaker", "good day"), ("speaker", "oh"), ("speaker", "last")]
     log = tmp_path / "logs" / "speaker.log"
@@ -99,7 +99,7 @@ async def test_a_child_that_is_set_up_wrongly_is_told_of_and_not_tried_again(
     children: Processes, status: int
 ) -> None:
     await children.start(sh("wrong", f"echo no such model; exit {status}"))
-    ended = await asyncio.wait_for(children.next_end(), 10)
+    ended = await asyncio.wait_for(children.next_end(), 30)
     assert ended == Ended("wrong", status, ("no such model",))
     assert children.pid("wrong") is None
     assert children.restarts("wrong") == 0
@@ -158,7 +158,7 @@ async def test_a_grandchild_that_keeps_the_output_open_does_not_hold_us_up(
     children: Processes, shown: list[tuple[str, str]]
 ) -> None:
     await children.start(sh("parent", "sleep 300 & echo $!", keep=False))
-    ended = await asyncio.wait_for(children.next_end(), 10)
+    ended = await asyncio.wait_for(children.next_end(), 30)
     assert ended.status == 0
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(shown[0][1]), signal.SIGKILL)
@@ -182,7 +182,7 @@ async def test_a_terminal_that_is_gone_does_not_stop_the_child(tmp_path: Path) -
 
     async with Processes(tmp_path, show=broken) as children:
         await children.start(sh("speaker", "echo one; echo two", keep=False))
-        ended = await asyncio.wait_for(children.next_end(), 10)
+        ended = await asyncio.wait_for(children.next_end(), 30)
     assert ended.tail == ("one", "two")
 
 
