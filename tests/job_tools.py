@@ -10,9 +10,9 @@ from typing import Any
 
 from billing import accounts, ledger
 from billing.ledger import Transfer
-from router import job_submits, job_records, job_store
-from router.job_states import Event, State
+from router import job_records, job_store, job_submits
 from router.job_records import Claim, Claimed, Ending, NewJob, NewQuote, Submission, Submitted
+from router.job_states import Event, State
 
 RATES = {"prompt_fee_msat": 1000, "input_msat_per_mtok": 0, "output_msat_per_mtok": 0}
 LANE = "text/512/512/test-model"

@@ -57,7 +57,9 @@ async def test_an_escrow_that_is_empty_leaves_no_row_but_keeps_its_history(datab
         assert (await trial_balance(connection)).in_order
 
 
-async def test_many_posts_at_once_on_the_same_accounts_neither_deadlock_nor_lose(database: Database):
+async def test_many_posts_at_once_on_the_same_accounts_neither_deadlock_nor_lose(
+    database: Database,
+):
     async def move(n: int) -> None:
         async with database.transaction() as connection:
             names = [ledger.client(f"c{i}") for i in (range(5) if n % 2 else range(4, -1, -1))]
