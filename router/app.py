@@ -175,7 +175,7 @@ async def _open_database(url: str, patience_s: float) -> Database:
 
 
 async def _node(backend: LightningBackend, settings: Settings) -> NodeInfo:
-    node = await backend.node_info()
+    node = await reached_node(backend)
     if settings.lnurl_allow_private and node.network == "mainnet":
         raise CannotStart("SATHERD_LNURL_ALLOW_PRIVATE is for development, never for mainnet")
     if not node.simulated and not settings.admin_token.get_secret_value():

@@ -55,8 +55,9 @@ class Mortal:
     The workers live in the test, so that they go on as if nothing had happened.
     """
 
-    def __init__(self, part: Part, url: str, network_url: str) -> None:
+    def __init__(self, part: Part, network_part: Part, url: str, network_url: str) -> None:
         self.part = part
+        self.network_part = network_part
         self.url = url
         self.network_url = network_url
         self.began_at: Any = None
@@ -182,7 +183,7 @@ def mortal_part(mortal_url: str, tmp_path_factory: pytest.TempPathFactory) -> It
         await network.stop()
 
     asyncio.run(start())
-    yield Mortal(part, f"http://127.0.0.1:{port}", network_url)
+    yield Mortal(part, network, f"http://127.0.0.1:{port}", network_url)
     asyncio.run(stop())
 
 
@@ -231,6 +232,17 @@ class Reader:
 
 
 # --- between payment and queue -----------------------------------------------------------------
+
+
+async def test_a_router_that_starts_before_its_node_waits_for_it(mortal: Mortal):
+    await mortal.crash()
+    await mortal.network_part.kill()
+    await mortal.part.start()
+    async with asyncio.timeout(PATIENCE_S):
+        while "waiting for the Lightning node" not in mortal.part.log_text():
+            await asyncio.sleep(0.05)
+    await mortal.network_part.start()
+    await mortal.part.until_healthy()
 
 
 async def test_what_is_paid_while_the_router_is_dead_starts_or_is_credited(mortal: Mortal):
