@@ -64,6 +64,7 @@ from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.secret_files import master_secrets, router_id
 from router.settings import Settings, backend_settings
+from router.starting import reached_node
 from router.worker_gate import WorkerGate
 from router.workers import Fleet
 
