@@ -104,7 +104,6 @@ class WorkerGate:
         self.sessions[worker.id] = session
         self._fleet.add(worker)
         self._models.learn(worker.models)
-        session.start()
         session.send(
             Registered(
                 worker_id=worker.id,

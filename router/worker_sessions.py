@@ -82,30 +82,33 @@ class WorkerSession:
         self._on_idle = on_idle
         self._held: dict[str, RunningAttempt] = {}
         self._stopping: dict[str, float] = {}
-        self._unsent: asyncio.Queue[str] = asyncio.Queue()
+        self._unsent: list[str] = []
         self._sender: asyncio.Task | None = None
         self.closed = False
         self.dropped_frames = 0
 
-    def start(self) -> None:
-        self._sender = asyncio.create_task(self._send_for_ever(), name=f"worker-{self.worker.id}")
-
     def send(self, text: str) -> None:
         """Queue a frame; a worker that reads too slowly is cut off."""
-        if self._unsent.qsize() > _MOST_UNSENT:
+        if len(self._unsent) > _MOST_UNSENT:
             self.cut("too slow a reader")
-        else:
-            self._unsent.put_nowait(text)
+            return
+        self._unsent.append(text)
+        # Only while there is something to send: thousands of workers have nothing to do, and a
+        # task and a queue would be a tenth of what each needs.
+        if self._sender is None and not self.closed:
+            self._sender = asyncio.create_task(self._send_all(), name=f"worker-{self.worker.id}")
 
-    async def _send_for_ever(self) -> None:
-        while True:
-            text = await self._unsent.get()
-            try:
-                await self._connection.send_text(text)
-            except Exception as error:
-                # The reading side sees the same end, and cleans up.
-                log.info("worker not reachable worker=%s: %r", self.worker.id, error)
-                return
+    async def _send_all(self) -> None:
+        while self._unsent:
+            texts, self._unsent = self._unsent, []
+            for text in texts:
+                try:
+                    await self._connection.send_text(text)
+                except Exception as error:
+                    # The reading side sees the same end, and cleans up; nothing is sent any more.
+                    log.info("worker not reachable worker=%s: %r", self.worker.id, error)
+                    return
+        self._sender = None
 
     def assign(self, claimed: Claimed) -> None:
         """Give a claimed job to the worker."""
