@@ -16,8 +16,8 @@ WORKDIR /src
 # processor since 2015 can do (AVX2). For an older one: --build-arg LLAMA_CPU="-DGGML_NATIVE=OFF".
 ARG LLAMA_VERSION=0.3.36
 ARG LLAMA_CPU="-DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
-COPY worker/llama_nocommon.cmake worker/
-RUN CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=/src/worker/llama_nocommon.cmake ${LLAMA_CPU}" \
+COPY worker/llama_build.cmake worker/
+RUN CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=/src/worker/llama_build.cmake ${LLAMA_CPU}" \
     SKBUILD_BUILD_TARGETS=llama \
     pip install llama-cpp-python==${LLAMA_VERSION}
 

@@ -6,12 +6,13 @@ import struct
 import sys
 from pathlib import Path
 
+import llama_cpp as lib
 import pytest
 
 from worker import demo_model
 from worker.engines import open_engine
 from worker.engines.llama_cpp import LlamaCppEngine
-from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_model import LlamaModel, built_with_amx
 from worker.errors import EngineStartError
 from worker.settings import WorkerSettings
 
@@ -116,3 +117,27 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(EngineStartError, match="satherd install-engine"):
         open_engine(WorkerSettings(_env_file=None))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("info", "amx"),
+    [(b"CPU : AVX512_VNNI = 1 | AMX_INT8 = 1 | REPACK = 1", True), (b"CPU : AVX2 = 1", False)],
+)
+def test_a_library_with_amx_kernels_is_recognised(info: bytes, amx: bool):
+    assert built_with_amx(info) is amx
+
+
+def test_the_amx_kernels_which_crash_are_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """ggml-org/llama.cpp#20824: with them a second sequence ends the process."""
+    asked: list[bool] = []
+    monkeypatch.setattr(lib, "llama_print_system_info", lambda: b"AMX_INT8 = 1")
+
+    def load(path: bytes, params: lib.llama_model_params) -> None:
+        asked.append(bool(params.use_extra_bufts))
+
+    monkeypatch.setattr(lib, "llama_model_load_from_file", load)
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(EngineStartError):
+        LlamaModel(file, gpu_layers=0, on_progress=lambda fraction: True)
+    assert asked == [False]

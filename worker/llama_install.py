@@ -6,6 +6,7 @@ There is no ready-made wheel of it on PyPI, so it is compiled here, once. Left a
 steps; two parts of it are for programs that we do not use (images, and the helpers of llama.cpp's
 own tools), and without them it is 78: two minutes on two quiet cores, up to seven on busy ones.
 `GGML_NATIVE` stays on: the library uses what this processor can do, and is of no use on another.
+Only the AMX kernels of newer Intel processors are left out, because they crash (llama_build.cmake).
 
     --cuda     for an NVIDIA GPU: needs the CUDA toolkit (nvcc), and takes several times as long
     --force    build again although it is installed, as after adding --cuda
@@ -33,7 +34,7 @@ from worker.errors import WorkerError
 
 VERSION = "0.3.36"
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
-NO_COMMON = Path(__file__).with_name("llama_nocommon.cmake")
+BUILD_SETTINGS = Path(__file__).with_name("llama_build.cmake")
 CUDA_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 NINJA_STEP = re.compile(r"^\s*\[(\d+)/(\d+)\] ")
 TOLD_EVERY_S = 10
@@ -100,7 +101,7 @@ def build_environment(environ: Mapping[str, str], *, cuda: bool) -> dict[str, st
     """The environment that makes the build short. CMAKE_ARGS that are set already are kept."""
     args = [
         "-DLLAVA_BUILD=OFF",
-        f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={NO_COMMON}",
+        f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={BUILD_SETTINGS}",
         *(["-DGGML_CUDA=on"] if cuda else []),
     ]
     kept = environ.get("CMAKE_ARGS", "")

@@ -54,6 +54,11 @@ class LlamaModel:
 
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        # ggml's AMX kernels end the process in the first step with two sequences, or at once
+        # (ggml-org/llama.cpp#20824), with small models and large ones. Our own build leaves them out
+        # (llama_build.cmake); a library from elsewhere is asked not to use them.
+        if built_with_amx(lib.llama_print_system_info()):
+            params.use_extra_bufts = False
         params.progress_callback = call_back
         model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
@@ -185,6 +190,11 @@ class LlamaModel:
 def _as_int(token: Any) -> int:
     """ctypes returns plain ints where the binding's types say c_int32."""
     return token
+
+
+def built_with_amx(system_info: bytes) -> bool:
+    """Whether llama.cpp says that it uses the AMX tiles of this processor."""
+    return b"AMX_INT8 = 1" in system_info
 
 
 def check_file(path: Path) -> None:
