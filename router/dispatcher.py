@@ -24,22 +24,24 @@ POLL_S = 1.0
 SPARE_HEADS = 16
 
 
-def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:
-    """Who gets which job, in the order of the queue. Pure.
+def may_take(worker: Worker, candidate: Candidate, able: Sequence[Worker]) -> bool:
+    """Whether a job may go to this one of the workers `able` to do it. Pure.
 
     A worker that had the job before gets it again only when nobody else could, and not while it
     still holds the attempt that was taken from it.
     """
+    if candidate.job_id in worker.busy:
+        return False
+    return worker.id not in candidate.tried_by or all(w.id in candidate.tried_by for w in able)
+
+
+def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:
+    """Who gets which job, in the order of the queue. Pure."""
     free = {worker.id: worker.free_slots for worker in fleet.idle()}
     pairs = []
     for candidate in candidates:
         able = fleet.draining_lane(candidate.lane)
-        fresh = [worker for worker in able if worker.id not in candidate.tried_by]
-        idle = [
-            worker
-            for worker in fresh or able
-            if free.get(worker.id, 0) > 0 and candidate.job_id not in worker.busy
-        ]
+        idle = [w for w in able if free.get(w.id, 0) > 0 and may_take(w, candidate, able)]
         if idle:
             model = candidate.lane.split("/", 3)[3]
             best = max(idle, key=lambda worker: worker.merit(model))
@@ -126,7 +128,36 @@ class Dispatcher:
         # Whoever lost all races looks again at once: the queue is not empty, only contested.
         return any(results) or len(candidates) >= most
 
+    async def claim_for(self, worker: Worker) -> Claimed | None:
+        """The dearest job that fits a worker which asks for one, claimed; None: there is none.
+
+        The job's id is in `worker.busy` then, and the caller gives it to the worker's session.
+        Raises DatabaseUnavailable.
+        """
+        while not self.paused and worker.free_slots > 0:
+            async with self._database.connection() as connection:
+                candidates = await heads(connection, sorted(worker.lanes), most=1 + SPARE_HEADS)
+            fitting = [
+                candidate
+                for candidate in candidates
+                if may_take(worker, candidate, self._fleet.draining_lane(candidate.lane))
+            ]
+            if not fitting:
+                return None
+            for candidate in fitting:
+                claimed = await self._claimed(candidate, worker)
+                if claimed is not None:
+                    return claimed
+            # Others were faster at every one of these; there may be more.
+        return None
+
     async def _claim(self, candidate: Candidate, worker: Worker) -> bool:
+        claimed = await self._claimed(candidate, worker)
+        if claimed is not None:
+            self._assign(claimed, worker)
+        return claimed is not None
+
+    async def _claimed(self, candidate: Candidate, worker: Worker) -> Claimed | None:
         worker.busy.add(candidate.job_id)
         claim = Claim(
             candidate.job_id,
@@ -142,6 +173,4 @@ class Dispatcher:
             raise
         if claimed is None:
             worker.busy.discard(candidate.job_id)
-            return False
-        self._assign(claimed, worker)
-        return True
+        return claimed

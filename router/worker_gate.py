@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -18,10 +19,11 @@ from router.attempts import Attempts
 from router.database import Database
 from router.job_records import Claimed
 from router.models import Models
+from router.sessions import Applicant, RefusedWorker, Session
 from router.settings import Settings
 from router.worker_sessions import Connection, WorkerSession
 from router.workers import Fleet, Worker
-from worker.protocol import Refused, Registered, Registration
+from worker.protocol import Registered, Registration
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,7 @@ CHECK_S = 1.0
 _PASSING = frozenset({"unreachable", "busy", "too_many_lookups", "bad_answer", "payee_error"})
 
 
-class RefusedWorker(Exception):
-    """A registration that is not accepted; `answer` is the frame to send before closing."""
-
-    def __init__(self, code: str, message: str, *, retryable: bool = False) -> None:
-        super().__init__(message)
-        self.answer = Refused(code=code, message=message, retryable=retryable)
+AnySession = TypeVar("AnySession", bound=Session)
 
 
 class WorkerGate:
@@ -60,7 +57,9 @@ class WorkerGate:
         self._addresses = addresses
         self._clock = clock
         self._task: asyncio.Task | None = None
-        self.sessions: dict[str, WorkerSession] = {}
+        # Of applicants without an identity: which seats at which address are taken.
+        self._seats: dict[bytes, str | None] = {}
+        self.sessions: dict[str, Session] = {}
         self.on_idle: Callable[[], None] = lambda: None
         self.commission_ppm: Callable[[], int] = lambda: settings.commission_ppm
         self.closing = False
@@ -74,36 +73,32 @@ class WorkerGate:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def register(self, raw: Any, connection: Connection) -> WorkerSession:
-        """Let a worker in by its first frame. Raises RefusedWorker, DatabaseUnavailable."""
-        if self.closing:
-            raise RefusedWorker("draining", "this router is shutting down", retryable=True)
+        """Let a native worker in by its first frame. Raises RefusedWorker, DatabaseUnavailable."""
+        self.check_open()
         try:
             registration = Registration.model_validate(raw)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RefusedWorker("bad_registration", f"{where}: {first['msg']}") from None
-        if "\\u0000" in registration.model_dump_json():
-            # PostgreSQL has no such character in its texts.
-            raise RefusedWorker("bad_registration", "NUL is not a character of any name")
-        seen = {(model.kind, model.id) for model in registration.models}
-        if len(seen) != len(registration.models):
-            raise RefusedWorker("bad_registration", "models: a model is listed twice")
-        ln_url = await self._check_address(registration)
-        worker = await self._store(registration, ln_url)
-        session = WorkerSession(
-            worker,
-            connection,
-            self._attempts,
-            lease_s=self._settings.lease_s,
-            on_idle=self._idle,
+            raise bad_registration(error) from None
+        applicant = Applicant(
+            identity=workers.hash_worker_key(registration.worker_key),
+            models=registration.models,
+            slots=registration.slots,
+            name=registration.name,
+            ln_url=registration.ln_url,
+            hardware=registration.model_dump(mode="json", exclude=_NOT_HARDWARE),
         )
-        before = self.sessions.get(worker.id)
-        if before is not None:
-            before.cut("replaced by a new connection of the same worker")
-        self.sessions[worker.id] = session
-        self._fleet.add(worker)
-        self._models.learn(worker.models)
+        session = await self.admit(
+            applicant,
+            lambda worker: WorkerSession(
+                worker,
+                connection,
+                self._attempts,
+                lease_s=self._settings.lease_s,
+                on_idle=self._idle,
+            ),
+        )
+        worker = session.worker
+        # Before anything else: no task has had a turn since it was let in.
         session.send(
             Registered(
                 worker_id=worker.id,
@@ -112,6 +107,43 @@ class WorkerGate:
                 commission_ppm=self.commission_ppm(),
             ).model_dump_json()
         )
+        return session
+
+    def check_open(self) -> None:
+        """Raises RefusedWorker when nobody is let in any more."""
+        if self.closing:
+            raise RefusedWorker("draining", "this router is shutting down", retryable=True)
+
+    async def admit(self, applicant: Applicant, make: Callable[[Worker], AnySession]) -> AnySession:
+        """Let a worker of any kind in: its address is looked up, its record found or begun, and its
+        session, which `make` makes, may be given work from now on. Whoever calls this calls `leave`
+        when the session has ended. Raises RefusedWorker, DatabaseUnavailable.
+
+        An identity has one session: an earlier one is cut off.
+        """
+        self.check_open()
+        if any("\0" in text for text in _texts(applicant)):
+            # PostgreSQL has no such character in its texts.
+            raise RefusedWorker("bad_registration", "NUL is not a character of any name")
+        seen = {(model.kind, model.id) for model in applicant.models}
+        if len(seen) != len(applicant.models):
+            raise RefusedWorker("bad_registration", "models: a model is listed twice")
+        ln_url = await self._check_address(applicant)
+        identity = applicant.identity or self._free_seat(ln_url)
+        try:
+            worker = await self._store(applicant, identity, ln_url)
+        except BaseException:
+            self._seats.pop(identity, None)
+            raise
+        if identity in self._seats:
+            self._seats[identity] = worker.id
+        session = make(worker)
+        before = self.sessions.get(worker.id)
+        if before is not None:
+            before.cut("replaced by a new connection of the same worker")
+        self.sessions[worker.id] = session
+        self._fleet.add(worker)
+        self._models.learn(worker.models)
         log.info(
             "worker registered worker=%s models=%s slots=%d payable=%s",
             worker.id,
@@ -122,49 +154,66 @@ class WorkerGate:
         self.on_idle()
         return session
 
-    async def _check_address(self, registration: Registration) -> str | None:
+    def _free_seat(self, ln_url: str | None) -> bytes:
+        """The first seat at an address that nobody sits on, so that whoever comes back finds its
+        record. A banned one is never left empty by another: who was sent away stays away."""
+        seats = (workers.hash_identity("seat", ln_url or "", str(n)) for n in itertools.count())
+        seat = next(seat for seat in seats if seat not in self._seats)
+        self._seats[seat] = None
+        return seat
+
+    async def _check_address(self, applicant: Applicant) -> str | None:
         """The address in its canonical text, after its server has answered for it."""
         try:
-            payee = self._addresses.parse(registration.ln_url or "")
+            payee = self._addresses.parse(applicant.ln_url or "")
             if payee is None:
                 return None
-            await self._addresses.resolve(
-                payee, on_behalf_of=workers.hash_worker_key(registration.worker_key).hex()
-            )
+            whom = applicant.identity or workers.hash_identity("address", payee.text)
+            await self._addresses.resolve(payee, on_behalf_of=whom.hex())
         except BadLightningAddress as error:
             raise RefusedWorker(
                 error.code, f"ln_url: {error}", retryable=error.code in _PASSING
             ) from None
         return payee.text
 
-    async def _store(self, registration: Registration, ln_url: str | None) -> Worker:
+    async def _store(self, applicant: Applicant, identity: bytes, ln_url: str | None) -> Worker:
         async with self._database.transaction() as connection:
-            record = await workers.register(connection, registration)
+            record = await workers.register(
+                connection,
+                identity,
+                name=applicant.name,
+                models=applicant.models,
+                hardware=applicant.hardware,
+                slots=applicant.slots,
+            )
             if record.banned:
                 raise RefusedWorker("banned", record.ban_reason or "this worker is banned")
             address = await payees.set_address(connection, record.id, ln_url, now=self._clock())
-            edges = await workers.add_edges(connection, registration.models)
+            edges = await workers.add_edges(connection, applicant.models)
         if edges != self._fleet.edges:
             self._fleet.set_edges(edges)
         return Worker(
             id=record.id,
-            name=registration.name,
-            models=registration.models,
-            slots=registration.slots,
+            name=applicant.name,
+            models=applicant.models,
+            slots=applicant.slots,
             payable=address.ln_url is not None,
             ln_url=address.ln_url,
             speeds=record.speeds,
             reliability=record.reliability,
             draining=record.draining,
             told_to_drain=record.draining,
+            pulls=applicant.pulls,
         )
 
-    def leave(self, session: WorkerSession) -> None:
-        """A connection has ended."""
+    def leave(self, session: Session) -> None:
+        """A connection has ended. Twice is harmless."""
         session.end()
         self._fleet.remove(session.worker)
         if self.sessions.get(session.worker.id) is session:
             del self.sessions[session.worker.id]
+            for seat in [s for s, who in self._seats.items() if who == session.worker.id]:
+                del self._seats[seat]
         log.info("worker left worker=%s", session.worker.id)
 
     def assign(self, claimed: Claimed, worker: Worker) -> None:
@@ -201,3 +250,29 @@ class WorkerGate:
                     first_token_s=self._settings.first_token_timeout_s,
                     stall_s=self._settings.stall_timeout_s,
                 )
+
+
+# Of a registration, what is not kept as a description of the machine.
+_NOT_HARDWARE = {"worker_key", "models", "slots", "ln_url", "name", "protocol", "min_fees"}
+
+
+def bad_registration(error: ValidationError) -> RefusedWorker:
+    """The first thing that is wrong with a registration."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return RefusedWorker("bad_registration", f"{where}: {first['msg']}")
+
+
+def _texts(applicant: Applicant) -> list[str]:
+    """All texts of an applicant that go into the database."""
+    names = [model.id for model in applicant.models]
+    return [applicant.name or "", *names, *_strings(applicant.hardware)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        return []
+    return [text for part in parts for text in _strings(part)]

@@ -1,7 +1,8 @@
 """Workers: who is connected to this router, and the record of each in the database.
 
 `Worker` is one connected worker as the router sees it; `Fleet` is all of them, with what they can
-take. A worker is known by the hash of its key, which never leaves this module in clear.
+take. A worker is known by a hash: of its key, which never leaves this module in clear, or of what
+else identifies it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from billing.accounts import new_id
 from router.lanes import BASE_EDGES, Edges, answer_limit, drained_by
-from worker.protocol import ModelKind, Registration, ServedModel
+from worker.protocol import ModelKind, ServedModel
 
 # Weight of the newest observation in moving averages of speed, duration and reliability.
 _NEWEST = 0.2
@@ -30,7 +31,7 @@ class Worker:
     """One connected worker. `busy` holds the jobs it has, by id.
 
     `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
-    admin has said so.
+    admin has said so. `pulls`: it asks for its jobs itself, and is not handed any.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Worker:
     reliability: float = 1.0
     draining: bool = False
     told_to_drain: bool = False
+    pulls: bool = False
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
     connected_at: float = field(default_factory=time.monotonic)
@@ -133,7 +135,8 @@ class Fleet:
         return list(self._workers.values())
 
     def idle(self) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.free_slots > 0]
+        """Workers that can be handed a job now; those that pull come for theirs."""
+        return [w for w in self._workers.values() if not w.pulls and w.free_slots > 0]
 
     def serving(self, kind: ModelKind, model: str) -> list[Worker]:
         """Connected workers that serve a model and are not on their way out."""
@@ -171,23 +174,32 @@ def hash_worker_key(key: str) -> bytes:
     return hashlib.sha256(b"satherd-worker\0" + key.encode()).digest()
 
 
-async def register(connection: Any, registration: Registration) -> WorkerRecord:
-    """Store what a worker says of itself; a new key makes a new worker."""
-    hardware = registration.model_dump(
-        mode="json",
-        exclude={"worker_key", "models", "slots", "ln_url", "name", "protocol", "min_fees"},
-    )
+def hash_identity(what: str, *parts: str) -> bytes:
+    """What a worker without a worker key is known by: `what` says what the parts are."""
+    return hashlib.sha256(json.dumps(["satherd-worker", what, *parts]).encode()).digest()
+
+
+async def register(
+    connection: Any,
+    identity: bytes,
+    *,
+    name: str | None,
+    models: Iterable[ServedModel],
+    hardware: dict[str, Any],
+    slots: int,
+) -> WorkerRecord:
+    """Store what a worker says of itself; a new identity makes a new worker."""
     row = await connection.fetchrow(
         "insert into workers (id, key_hash, name, models, hardware, slots)"
         " values ($1, $2, $3, $4, $5, $6) on conflict (key_hash) do update set name = excluded.name,"
         " models = excluded.models, hardware = excluded.hardware, slots = excluded.slots,"
         " last_seen_at = now() returning *",
         new_id(),
-        hash_worker_key(registration.worker_key),
-        registration.name,
-        json.dumps([m.model_dump(mode="json") for m in registration.models]),
+        identity,
+        name,
+        json.dumps([m.model_dump(mode="json") for m in models]),
         json.dumps(hardware),
-        registration.slots,
+        slots,
     )
     return _record(row)
 

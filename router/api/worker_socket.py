@@ -10,7 +10,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from router.core import Core
 from router.database import DatabaseUnavailable
-from router.worker_gate import RefusedWorker
+from router.sessions import RefusedWorker
 from router.worker_sessions import ProtocolViolation, WorkerSession
 
 log = logging.getLogger(__name__)

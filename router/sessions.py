@@ -1,0 +1,82 @@
+"""What every kind of worker session has in common, and who may ask for one.
+
+    kind          how work reaches it                        module
+    native        frames on a socket, several jobs at once   router.worker_sessions
+    QueenBee      frames on a socket, one job at a time      router.queenbee_sessions
+    pull          it asks for a job and brings the answer    the doors that workers poll
+    HTTP          we call its server                         router.http_sessions
+
+`router.worker_gate` keeps them all. Whatever the kind, a session owns the jobs that its worker holds:
+it begins an attempt for each (`router.attempts.Attempts.begin`) and ends it, and `end` ends them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from router.job_records import Claimed
+from router.workers import Worker
+from worker.protocol import Refused, ServedModel
+
+
+class Session(Protocol):
+    """One connected worker, of whatever kind. None of these calls waits for anything."""
+
+    worker: Worker
+    closed: bool
+    dropped_frames: int
+
+    def assign(self, claimed: Claimed) -> None:
+        """Give it a claimed job, whose id is in `worker.busy` already. If it is closed, or takes no
+        such job, the attempt is begun and failed: a claimed job is never just forgotten."""
+        ...
+
+    def drain(self) -> None:
+        """Give it no more jobs; it finishes what it holds."""
+        ...
+
+    def check_progress(self, *, first_token_s: float, stall_s: float) -> None:
+        """Called once a second: fail what has stalled, cut off a worker that is gone."""
+        ...
+
+    def cut(self, reason: str, *, blame: str = "worker") -> None:
+        """End it from our side: what it holds is given back or settled. Twice is harmless."""
+        ...
+
+    def end(
+        self, outcome: str = ..., *, blame: str = "worker", error: str = "the connection was lost"
+    ) -> None:
+        """The worker is gone: the same, with nobody to tell. Twice is harmless."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Applicant:
+    """Who wants to serve, in whatever dialect it said so.
+
+    `identity` is what its earnings and its record belong to: a hash of a secret that it has shown, or
+    of a public key whose signature was verified (`workers.hash_worker_key`, `workers.hash_identity`).
+    None: it is known by its address alone. Several that name one address sit side by side, each on
+    a seat with a record of its own. `pulls`: it asks for its jobs itself, and is not handed any.
+    """
+
+    identity: bytes | None
+    models: list[ServedModel]
+    slots: int = 1
+    name: str | None = None
+    ln_url: str | None = None
+    hardware: dict[str, Any] = field(default_factory=dict)
+    pulls: bool = False
+
+
+class RefusedWorker(Exception):
+    """A registration that is not accepted; `answer` is the frame to send before closing."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.answer = Refused(code=code, message=message, retryable=retryable)
+
+
+MakeSession = Callable[[Worker], Session]
