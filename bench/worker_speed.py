@@ -21,6 +21,7 @@ from worker import demo_model
 from worker.engines.llama_cpp import LlamaCppEngine
 from worker.engines.llama_decoder import Decoder
 from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_pace import PromptPace, ThreadPace
 from worker.engines.llama_prompt import PromptMaker
 from worker.protocol import ChatSpec, Sampling
 
@@ -57,7 +58,13 @@ def job(model: LlamaModel, tokens: int) -> ChatSpec:
 
 def decoder_speed(model: LlamaModel, spec: ChatSpec, count: int, threads: int) -> float:
     """Tokens per second of the step loop."""
-    decoder = Decoder(model, slots=count, context=CONTEXT, threads=threads)
+    decoder = Decoder(
+        model,
+        slots=count,
+        context=CONTEXT,
+        threads=ThreadPace([threads], threads),
+        prompts=PromptPace(),
+    )
     prompt = PromptMaker(model, context=CONTEXT).make(spec)
     best = 0.0
     for _ in range(REPEATS):

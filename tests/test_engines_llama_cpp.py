@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import random
 import re
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from tests.worker_stand_ins import PATIENCE_S, RecordingSink
 from worker import demo_model
 from worker.engines import Done
 from worker.engines.llama_cpp import LlamaCppEngine
+from worker.engines.llama_measuring import SLOT_OPTIONS
 from worker.errors import JobError
 from worker.protocol import (
     ChatSpec,
@@ -38,7 +40,7 @@ END_OF_TEXT = 2
 
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[LlamaCppEngine]:
-    engine = LlamaCppEngine(demo_model.PATH, name=demo_model.NAME, slots=4)
+    engine = LlamaCppEngine(demo_model.PATH, name=demo_model.NAME, slots=4, threads=1)
     await engine.start(lambda fraction, words: None)
     yield engine
     await engine.aclose()
@@ -82,7 +84,7 @@ async def test_the_model_is_served_for_text_and_for_embeddings(engine: LlamaCppE
 
 async def test_the_load_reports_its_progress_up_to_the_end():
     seen: list[float] = []
-    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1)
+    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1, threads=1)
     await engine.start(lambda fraction, words: seen.append(fraction))
     await engine.aclose()
     assert seen == sorted(seen)
@@ -115,6 +117,24 @@ async def test_several_answers_are_written_at_the_same_time(engine: LlamaCppEngi
     begun = list(itertools.takewhile(lambda event: event[0] == "wrote", order))
     assert {number for _, number in begun} == {0, 1, 2, 3}
     assert len(set(texts)) == 4
+
+
+async def test_without_settings_it_measures_how_many_slots_and_threads_are_best(
+    caplog: pytest.LogCaptureFixture,
+):
+    engine = LlamaCppEngine(demo_model.PATH, name="m")
+    told: list[str] = []
+    with caplog.at_level(logging.INFO, logger="worker"):
+        await engine.start(lambda fraction, words: told.append(words))
+    try:
+        assert engine.slots in SLOT_OPTIONS
+        assert {"measuring threads", "measuring slots"} <= set(told)
+        assert "tokens/s by threads 1:" in caplog.text
+        sink = RecordingSink()
+        done = await engine.generate(chat("What is the capital of France?"), sink)
+        assert done.usage is not None and sink.text
+    finally:
+        await engine.aclose()
 
 
 async def test_more_jobs_than_slots_all_end(engine: LlamaCppEngine):
@@ -500,7 +520,7 @@ async def test_what_cannot_be_embedded_is_refused(engine: LlamaCppEngine, entrie
 
 
 async def test_a_closed_engine_fails_jobs_and_does_not_hang():
-    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1)
+    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1, threads=1)
     await engine.start(lambda fraction, words: None)
     job = chat("Tell me a story.", max_tokens=900, sampling=Sampling(logit_bias=ENDLESS))
     sink = RecordingSink()
@@ -516,7 +536,9 @@ async def test_a_closed_engine_fails_jobs_and_does_not_hang():
 
 
 async def test_the_context_can_be_set_smaller(tmp_path: Path):
-    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=2, context=256, max_tokens=9999)
+    engine = LlamaCppEngine(
+        demo_model.PATH, name="m", slots=2, threads=1, context=256, max_tokens=9999
+    )
     await engine.start(lambda fraction, words: None)
     assert engine.models[0].context_length == engine.models[0].max_tokens == 256
     assert (await fails(engine, chat("word " * 400))).code is FailureCode.PROMPT_TOO_LONG

@@ -13,6 +13,7 @@ from tests.worker_stand_ins import RecordingSink
 from worker import demo_model
 from worker.engines.llama_decoder import Answer, Decoder, common_prefix
 from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_pace import PROMPT_STEP_S, PromptPace, ThreadPace
 from worker.engines.llama_sampling import plan_sampling, silent_stderr
 from worker.protocol import FinishReason, Sampling
 
@@ -32,7 +33,9 @@ def model() -> Iterator[LlamaModel]:
 
 @pytest.fixture
 def decoder(model: LlamaModel) -> Iterator[Decoder]:
-    decoder = Decoder(model, slots=3, context=1024, threads=1)
+    decoder = Decoder(
+        model, slots=3, context=1024, threads=ThreadPace([1], 1), prompts=PromptPace()
+    )
     yield decoder
     decoder.close()
 
@@ -179,3 +182,38 @@ def test_a_process_without_stderr_can_be_quiet_as_well():
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert done.stdout == b"fine\n"
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_write(model: LlamaModel):
+    """The writer gets a token in every step, and no step reads more than it may."""
+    slow = PromptPace(prompt_token_s=PROMPT_STEP_S / 20)
+    decoder = Decoder(model, slots=2, context=1024, threads=ThreadPace([1], 1), prompts=slow)
+    writer = Writer(model, decoder)
+    story = writer.add(STORY, max_tokens=100)
+    writer.step()
+    writer.step()
+    letter = writer.add(SYSTEM * 8 + LETTER)
+    parts = []
+    while letter.pending and not letter.made:
+        before, made = len(letter.pending), story.made
+        writer.step()
+        assert story.made == made + 1
+        parts.append(before - len(letter.pending))
+        # What the steps really took is no matter here.
+        slow.observe(PROMPT_STEP_S, prompt_tokens=20)
+    decoder.close()
+    assert len(parts) > 5
+    assert max(parts) < 60
+
+
+def test_a_cancelled_answer_takes_no_part_in_the_next_step(writer: Writer):
+    answer = writer.add(STORY, max_tokens=100)
+    for _ in range(3):
+        writer.step()
+    made = answer.made
+    assert isinstance(answer.sink, RecordingSink)
+    answer.sink.cancel()
+    [output] = writer.decoder.step()
+    assert (output.answer, output.ending) == (answer, FinishReason.CANCELLED)
+    assert answer.made == made
+    assert not writer.decoder.active

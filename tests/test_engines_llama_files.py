@@ -18,7 +18,7 @@ from worker.settings import WorkerSettings
 
 
 async def start_error(path: Path, slots: int = 1, context: int | None = None) -> str:
-    engine = LlamaCppEngine(path, name="m", slots=slots, context=context)
+    engine = LlamaCppEngine(path, name="m", slots=slots, threads=1, context=context)
     with pytest.raises(EngineStartError) as caught:
         await engine.start(lambda fraction, words: None)
     await engine.aclose()
@@ -94,7 +94,7 @@ async def test_a_bug_while_starting_ends_the_wait_for_it(monkeypatch: pytest.Mon
 
 async def test_after_a_refused_file_a_good_one_loads(tmp_path: Path):
     await start_error(tmp_path / "absent.gguf")
-    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1)
+    engine = LlamaCppEngine(demo_model.PATH, name="m", slots=1, threads=1)
     await engine.start(lambda fraction, words: None)
     assert engine.models
     await engine.aclose()

@@ -12,7 +12,6 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.errors import EngineStartError
-from worker.hardware import physical_cores
 
 KEY_FILE = "worker.key"
 SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
@@ -66,7 +65,12 @@ class WorkerSettings(BaseSettings):
         description="llama_cpp: a GGUF file; else the server's names, comma separated.",
     )
     model_name: str | None = Field(default=None, description="The name that clients see.")
-    slots: int | None = Field(default=None, ge=1, le=1024, description="Jobs at once.")
+    slots: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Jobs at once; default: measured at the start (llama_cpp), or the engine's own.",
+    )
     context: int | None = Field(
         default=None, ge=16, le=100_000_000, description="Tokens of context for each job."
     )
@@ -76,11 +80,11 @@ class WorkerSettings(BaseSettings):
         le=100_000_000,
         description="The longest answer in tokens; default: the context.",
     )
-    threads: int = Field(
-        default_factory=lambda: max(1, physical_cores() - 1),
+    threads: int | None = Field(
+        default=None,
         ge=1,
         le=1024,
-        description="CPU threads; default: physical cores less one, at least one.",
+        description="CPU threads; default: measured at the start, and again while it works.",
     )
     gpu_layers: int = Field(
         default=-1,

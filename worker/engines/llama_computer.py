@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from worker.engines.llama_embedder import Embedder
 from worker.engines.llama_prompt import Prompt
 from worker.errors import JobError
 from worker.protocol import FailureCode, FinishReason, Usage
+
+ALL = sys.maxsize
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +154,8 @@ class Computer:
                 if self._embedder is None:
                     self._embedder = self._make_embedder()
                 rest = work.texts[len(work.vectors) :]
-                work.vectors += self._embedder.embed(rest[: self._embedder.take(rest)])
+                room = self._decoder.side_room if self._decoder else ALL
+                work.vectors += self._embedder.embed(rest[: self._embedder.take(rest, room=room)])
                 if len(work.vectors) < len(work.texts):
                     return []
                 end = Done(FinishReason.STOP, work.usage(), work.vectors)

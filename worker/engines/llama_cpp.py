@@ -14,6 +14,7 @@ is seen between two steps.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,13 +25,17 @@ from worker.engines import Done, Progress, Sink
 from worker.engines.llama_computer import Computer, Delivery, Work
 from worker.engines.llama_decoder import Decoder
 from worker.engines.llama_embedder import Embedder
+from worker.engines.llama_measuring import Measured, measure, thread_options
 from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_pace import PromptPace, ThreadPace
 from worker.engines.llama_prompt import PromptMaker
 from worker.errors import EngineDied, EngineStartError, JobError
+from worker.hardware import physical_cores
 from worker.protocol import EmbeddingSpec, FailureCode, JobSpec, ModelKind, ServedModel
 from worker.settings import WorkerSettings
 
-SLOTS = 4
+log = logging.getLogger("worker")
+
 CONTEXT = 4096
 LONGEST_EMBEDDING = 2048
 
@@ -42,7 +47,7 @@ def from_settings(settings: WorkerSettings) -> LlamaCppEngine:
     return LlamaCppEngine(
         path,
         name=settings.model_name or (demo_model.NAME if shipped else path.stem),
-        slots=settings.slots or SLOTS,
+        slots=settings.slots,
         context=settings.context,
         max_tokens=settings.max_tokens,
         threads=settings.threads,
@@ -54,6 +59,7 @@ class LlamaCppEngine:
     """Serves one GGUF file, as a text and as an embedding model of the same name.
 
     `context` is in tokens, for each slot; None: what the model was trained for, at most 4096.
+    `slots` and `threads` None: what a short measurement at the start finds best.
     """
 
     def __init__(
@@ -61,18 +67,19 @@ class LlamaCppEngine:
         path: Path,
         *,
         name: str,
-        slots: int = SLOTS,
+        slots: int | None = None,
         context: int | None = None,
         max_tokens: int | None = None,
-        threads: int = 1,
+        threads: int | None = None,
         gpu_layers: int = -1,
     ) -> None:
         self._path = path
         self._name = name
-        self._slots = slots
+        self._wanted_slots = slots
+        self._slots = slots or 1
         self._wanted_context = context
         self._max_tokens = max_tokens
-        self._threads = threads
+        self._wanted_threads = threads
         self._gpu_layers = gpu_layers
         self._models: list[ServedModel] = []
         self._thread: threading.Thread | None = None
@@ -149,7 +156,7 @@ class LlamaCppEngine:
         error: EngineStartError | None = EngineStartError("the llama.cpp engine broke; see above")
         try:
             model = self._load(progress)
-            computer = self._prepare(model)
+            computer = self._prepare(model, progress)
             error = None
         except EngineStartError as refusal:
             error = refusal
@@ -179,20 +186,62 @@ class LlamaCppEngine:
 
         return LlamaModel(self._path, gpu_layers=self._gpu_layers, on_progress=on_progress)
 
-    def _prepare(self, model: LlamaModel) -> Computer:
+    def _prepare(self, model: LlamaModel, progress: Progress) -> Computer:
         context = self._wanted_context or min(model.train_context, CONTEXT)
         self._prompts = PromptMaker(model, context=context)
+        measured = self._measure(model, progress)
         decoder = None
         if model.writes_text:
-            decoder = Decoder(model, slots=self._slots, context=context, threads=self._threads)
+            decoder = self._make_decoder(model, measured, context)
         longest = self._longest_embedding = min(context, LONGEST_EMBEDDING)
         self._models = self._served(writes_text=model.writes_text, context=context)
         self._computer = Computer(
             decoder,
-            lambda: Embedder(model, longest=longest, threads=self._threads),
+            lambda: Embedder(model, longest=longest, threads=measured.threads),
             lambda deliveries: self._call(self._deliver, deliveries),
         )
         return self._computer
+
+    def _measure(self, model: LlamaModel, progress: Progress) -> Measured:
+        """Threads and slots as set, and what is not set as measured."""
+        threads, slots = self._wanted_threads, self._wanted_slots
+        cores = physical_cores()
+        if not model.writes_text:
+            # Texts to embed fill a batch by themselves: there is nothing to write side by side.
+            return Measured(threads or max(1, cores - 1), slots or 1)
+        if threads is not None and slots is not None:
+            return Measured(threads, slots)
+        measured = measure(
+            model,
+            threads=threads,
+            slots=slots,
+            cores=cores,
+            progress=lambda words: self._call(progress, 1.0, words),
+        )
+        log.info("measured: %s", measured)
+        return measured
+
+    def _make_decoder(self, model: LlamaModel, measured: Measured, context: int) -> Decoder:
+        fixed = self._wanted_threads is not None
+        options = [measured.threads] if fixed else thread_options(physical_cores())
+        slots = measured.slots
+        while True:
+            try:
+                decoder = Decoder(
+                    model,
+                    slots=slots,
+                    context=context,
+                    threads=ThreadPace(options, measured.threads),
+                    prompts=PromptPace(measured.prompt_token_s),
+                )
+            except EngineStartError:
+                if self._wanted_slots is not None or slots == 1:
+                    raise
+                slots //= 2
+                log.warning("not enough memory for more than %d slots", slots)
+            else:
+                self._slots = slots
+                return decoder
 
     def _served(self, *, writes_text: bool, context: int) -> list[ServedModel]:
         text = ServedModel(

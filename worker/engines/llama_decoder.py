@@ -13,6 +13,8 @@ All of this belongs to one thread. Of a sink only `cancelled` is read here.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +22,7 @@ import llama_cpp as lib
 
 from worker.engines import Sink
 from worker.engines.llama_model import LlamaModel
+from worker.engines.llama_pace import PromptPace, ThreadPace
 from worker.engines.llama_sampling import Sampler, SamplerPlan
 from worker.engines.text_stream import TextStream
 from worker.errors import EngineStartError
@@ -70,7 +73,15 @@ class Output:
 class Decoder:
     """One context of `slots` streams, each for `context` tokens of prompt and answer together."""
 
-    def __init__(self, model: LlamaModel, *, slots: int, context: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        slots: int,
+        context: int,
+        threads: ThreadPace,
+        prompts: PromptPace,
+    ) -> None:
         """Raises EngineStartError when there is not enough memory for it."""
         if slots > lib.llama_max_parallel_sequences():
             raise EngineStartError(
@@ -80,7 +91,7 @@ class Decoder:
         params.n_ctx = slots * context
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = slots
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = threads.now
         params.kv_unified = False
         params.swa_full = True
         params.no_perf = True
@@ -98,6 +109,8 @@ class Decoder:
         self._context = context
         self._slots = [_Slot(index) for index in range(slots)]
         self._steps = 0
+        self._thread_pace, self._threads_now = threads, threads.now
+        self._prompt_pace = prompts
         self._batch = batch = lib.llama_batch_init(BATCH_TOKENS, 0, 1)
         # Read once: every look through the ctypes structure makes a new pointer object.
         self._b_token, self._b_pos, self._b_logits = batch.token, batch.pos, batch.logits
@@ -117,6 +130,11 @@ class Decoder:
     @property
     def has_room(self) -> bool:
         return len(self.active) < len(self._slots)
+
+    @property
+    def side_room(self) -> int:
+        """How many tokens may be computed elsewhere before the next step, for nobody to notice."""
+        return self._prompt_pace.room(len(self.active), sys.maxsize)
 
     def add(
         self,
@@ -153,20 +171,37 @@ class Decoder:
             for answer in list(self.active)
             if answer.sink.cancelled
         ]
-        sampled_at = self._fill_batch()
+        writers, sampled_at = self._fill_batch()
         if not self._batch.n_tokens:
             return outputs
-        assert self._handle is not None
-        status = lib.llama_decode(self._handle, self._batch)
-        if status != 0:
-            self.drop_all()
-            raise DecodeError(f"llama_decode returned {status}")
+        self._decode(writers)
         for answer, index in sampled_at:
             token = answer.sampler.draw(self._handle, index)
             output = self._take_token(answer, token)
             if output is not None:
                 outputs.append(output)
         return outputs
+
+    def _decode(self, writers: int) -> None:
+        """Compute the batch, which holds one token for each of `writers` and parts of prompts."""
+        assert self._handle is not None
+        threads = self._thread_pace.now
+        if threads != self._threads_now:
+            lib.llama_set_n_threads(self._handle, threads, threads)
+            self._threads_now = threads
+        began = time.perf_counter()
+        status = lib.llama_decode(self._handle, self._batch)
+        if status != 0:
+            self.drop_all()
+            raise DecodeError(f"llama_decode returned {status}")
+        # A GPU may still be at it; drawing a token would wait for it anyway.
+        lib.llama_synchronize(self._handle)
+        seconds = time.perf_counter() - began
+        prompt_tokens = self._batch.n_tokens - writers
+        if prompt_tokens:
+            self._prompt_pace.observe(seconds, prompt_tokens=prompt_tokens)
+        else:
+            self._thread_pace.observe(seconds, writers=writers)
 
     def drop_all(self) -> None:
         """Forget every answer and everything computed."""
@@ -177,15 +212,19 @@ class Decoder:
 
     # --- a step ----------------------------------------------------------------------------------
 
-    def _fill_batch(self) -> list[tuple[Answer, int]]:
-        """Put tokens into the batch. Returns who gets a new token, and at which place."""
+    def _fill_batch(self) -> tuple[int, list[tuple[Answer, int]]]:
+        """Put tokens into the batch. Returns how many answers only go on by one token, and who gets
+        a new token, at which place."""
         place = 0
         sampled_at: list[tuple[Answer, int]] = []
-        # Those that are writing come first, with one token each: a long prompt then only takes what
-        # is left of a batch, and slows them, but never stops them.
-        for answer in sorted(self.active, key=lambda s: len(s.pending)):
+        # Those that are writing come first, with one token each: prompts take what is left of a
+        # batch, and no more than keeps the step short for the others.
+        waiting = sorted(self.active, key=lambda s: len(s.pending))
+        writers = sum(1 for answer in waiting if len(answer.pending) == 1 and answer.made)
+        room = writers + self._prompt_pace.room(writers, BATCH_TOKENS - writers)
+        for answer in waiting:
             slot = self._slots[answer.slot]
-            part = answer.pending[: BATCH_TOKENS - place]
+            part = answer.pending[: room - place]
             if not part:
                 continue
             position = len(slot.tokens)
@@ -202,7 +241,7 @@ class Decoder:
                 self._b_logits[place - 1] = 1
                 sampled_at.append((answer, place - 1))
         self._batch.n_tokens = place
-        return sampled_at
+        return writers, sampled_at
 
     def _take_token(self, answer: Answer, token: int | None) -> Output | None:
         if token is None or self._model.ends_text(token):

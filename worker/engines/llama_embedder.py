@@ -48,12 +48,13 @@ class Embedder:
             lib.llama_free(self._handle)
             self._handle = None
 
-    def take(self, texts: Sequence[Sequence[int]]) -> int:
-        """How many of `texts`, from the first on, fit into one batch. At least one."""
+    def take(self, texts: Sequence[Sequence[int]], *, room: int) -> int:
+        """How many of `texts`, from the first on, fit into one batch of about `room` tokens, if the
+        context has that many. At least one."""
         total = 0
         for count, tokens in enumerate(texts[:TEXTS_PER_BATCH]):
             total += len(tokens)
-            if total > self._longest:
+            if total > min(self._longest, room):
                 return max(1, count)
         return min(len(texts), TEXTS_PER_BATCH)
 
