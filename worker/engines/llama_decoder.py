@@ -174,7 +174,8 @@ class Decoder:
         writers, sampled_at = self._fill_batch()
         if not self._batch.n_tokens:
             return outputs
-        self._decode(writers)
+        assert self._handle is not None
+        self._decode(self._handle, writers)
         for answer, index in sampled_at:
             token = answer.sampler.draw(self._handle, index)
             output = self._take_token(answer, token)
@@ -182,20 +183,19 @@ class Decoder:
                 outputs.append(output)
         return outputs
 
-    def _decode(self, writers: int) -> None:
+    def _decode(self, handle: lib.llama_context_p, writers: int) -> None:
         """Compute the batch, which holds one token for each of `writers` and parts of prompts."""
-        assert self._handle is not None
         threads = self._thread_pace.now
         if threads != self._threads_now:
-            lib.llama_set_n_threads(self._handle, threads, threads)
+            lib.llama_set_n_threads(handle, threads, threads)
             self._threads_now = threads
         began = time.perf_counter()
-        status = lib.llama_decode(self._handle, self._batch)
+        status = lib.llama_decode(handle, self._batch)
         if status != 0:
             self.drop_all()
             raise DecodeError(f"llama_decode returned {status}")
         # A GPU may still be at it; drawing a token would wait for it anyway.
-        lib.llama_synchronize(self._handle)
+        lib.llama_synchronize(handle)
         seconds = time.perf_counter() - began
         prompt_tokens = self._batch.n_tokens - writers
         if prompt_tokens:
