@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prompt": ("cli.client_commands", "Buy an answer; tokens appear as they come."),
     "quote": ("cli.client_commands", "What a prompt would cost, and its place in the queue."),
     "balance": ("cli.client_commands", "Prepaid keys: show, top up, further keys, withdraw."),
+    "receipt": ("cli.receipt", "`receipt verify` checks what a router has signed about a job."),
     "pay": ("cli.client_commands", "Pay an invoice with simulated money; prints the preimage."),
     "router": ("cli.serving", "A router alone, for several machines."),
     "worker": ("cli.worker_command", "A worker that serves a model and earns."),

@@ -28,7 +28,7 @@ from billing.outside_url import OutsideRules
 from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
 from billing.withdrawals import Withdrawals
-from router import administration, job_store, job_submits, worker_controls, workers
+from router import administration, job_store, job_submits, receipts, worker_controls, workers
 from router.api import (
     admin,
     admin_work,
@@ -43,6 +43,7 @@ from router.api import (
     withdrawals,
     worker_socket,
 )
+from router.api import receipts as receipt_doors
 from router.api import workers as worker_doors
 from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors
@@ -60,9 +61,10 @@ from router.market import Market
 from router.models import Models
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
+from router.receipts import Issuer, ReceiptKey
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
-from router.secret_files import master_secrets, router_id
+from router.secret_files import master_secrets, receipt_seed, router_id
 from router.settings import Settings, backend_settings
 from router.starting import reached_node
 from router.worker_gate import WorkerGate
@@ -106,6 +108,7 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
     doors = (
         info,
         jobs,
+        receipt_doors,
         openai,
         worker_socket,
         balance,
@@ -260,6 +263,12 @@ def _join(
         database=database,
         writer=writer,
         secrets=secrets,
+        receipts=Issuer(
+            ReceiptKey.from_seed(receipt_seed(settings)),
+            settings.public_url or settings.name,
+            node.network,
+            node.simulated,
+        ),
         backend=backend,
         node=node,
         watcher=watcher,
@@ -352,6 +361,7 @@ async def _load(core: Core) -> None:
         core.models.known = await workers.known_models(connection)
         core.fleet.set_edges(await workers.load_edges(connection))
         await core.runtime.load(connection)
+        await receipts.publish(connection, core.receipts.key)
 
 
 async def _refresh_for_ever(core: Core) -> None:

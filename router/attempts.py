@@ -22,6 +22,7 @@ from typing import Any
 import orjson
 
 from router import charging, results
+from router.answer_hash import answer_hash
 from router.charging import NOTHING, Charge, Delivered
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_records import Claimed, Ended, Ending, GiveBack
@@ -268,6 +269,7 @@ class Attempts:
             payee=running.worker.id if running.worker.payable else None,
             result=orjson.dumps(answer.result).decode() if answer else None,
             usage=orjson.dumps(answer.usage).decode() if answer else None,
+            answer_hash=answer_hash(answer.result) if answer else None,
             first_token_at=running.first_token_at,
             outcome=outcome,
             blame=blame,

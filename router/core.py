@@ -22,6 +22,7 @@ from router.market import Market
 from router.models import Models
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
+from router.receipts import Issuer
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.settings import Settings
@@ -41,6 +42,7 @@ class Core:
     database: Database
     writer: BatchingWriter
     secrets: MasterSecrets
+    receipts: Issuer
     backend: LightningBackend
     node: NodeInfo
     watcher: InvoiceWatcher

@@ -12,6 +12,7 @@ RouterError
 ├── JobWiped              the answer existed and has been deleted
 ├── IdempotencyConflict   the same key with another request
 ├── JobNotWaiting         only a waiting job can be bumped
+├── JobNotEnded           there is no receipt before the end
 ├── AnswerDelayed         the answer is whole, but the database is not there to take it
 ├── JobFailed             the job ended without an answer
 ├── Forbidden             the credential does not open this
@@ -91,6 +92,12 @@ class IdempotencyConflict(RouterError):
 
 class JobNotWaiting(RouterError):
     code = "job_not_waiting"
+
+
+class JobNotEnded(RouterError):
+    """Facts: state."""
+
+    code = "job_not_ended"
 
 
 class AnswerDelayed(RouterError):

@@ -98,7 +98,7 @@ class Ending:
     """A job's last move. `attempt` None: whichever is current (a cancel, an expiry).
 
     `charge_msat` is at most what is held; `payee` is the worker's id, None when it is not to be
-    paid. `outcome`, `blame` and `error` go into the attempt's record.
+    paid. `answer_hash` is for its receipt. `outcome`, `blame` and `error` go into the attempt's record.
     """
 
     job_id: str
@@ -109,6 +109,7 @@ class Ending:
     payee: str | None = None
     result: str | None = None
     usage: str | None = None
+    answer_hash: bytes | None = None
     first_token_at: datetime | None = None
     outcome: str | None = None
     blame: str | None = None

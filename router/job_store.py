@@ -52,10 +52,11 @@ _END = """
 update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
     charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,
     first_token_at = coalesce(t.first_token_at, j.first_token_at),
-    wipe_at = now() + make_interval(secs => $10)
+    answer_hash = t.answer_hash, wipe_at = now() + make_interval(secs => $11)
 from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[],
-    $8::text[], $9::timestamptz[])
-    t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at)
+    $8::text[], $9::timestamptz[], $10::bytea[])
+    t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
+        answer_hash)
 where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
     and (t.attempt is null or j.attempt = t.attempt)
 returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
@@ -146,6 +147,7 @@ async def _end_round(
         [row.result for row in rows],
         [row.usage for row in rows],
         [row.first_token_at for row in rows],
+        [row.answer_hash for row in rows],
         float(wipe_after_s),
     )
     moved = {r["id"]: r for r in ended}

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from router import charging, job_queue, job_store, kept_chunks, workers
+from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
 from router.database import Database, DatabaseUnavailable
@@ -211,6 +212,7 @@ class Maintenance:
                 payee=claimed.worker_id if payable else None,
                 result=json.dumps(answer, ensure_ascii=False),
                 usage=json.dumps(usage),
+                answer_hash=answer_hash(answer),
                 outcome="lost",
                 blame="router",
                 had_chunks=True,

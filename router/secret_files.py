@@ -44,6 +44,11 @@ def master_secrets(settings: Settings) -> MasterSecrets:
     return MasterSecrets(bytes.fromhex(kept(settings.data_dir / "secret", 32)))
 
 
+def receipt_seed(settings: Settings) -> bytes:
+    """What this router's key for receipts is made from; each router has its own."""
+    return bytes.fromhex(kept(settings.data_dir / "receipt_key", 32))
+
+
 def router_id(settings: Settings) -> str:
     """This router's name in the database: the same after a restart."""
     return kept(settings.data_dir / "router_id", 16)

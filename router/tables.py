@@ -8,6 +8,7 @@
     attempts   one try at a job by one worker
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
+    receipt_keys  the public keys of all routers that ever signed receipts here
 
 Texts of strangers (requests, answers) live in `quotes.request`, `jobs.spec`, `jobs.result` and
 `job_chunks` only: these are what gets wiped.
@@ -126,6 +127,7 @@ class JobRow(SQLModel, table=True):
     shown: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
     usage: str | None = Field(default=None, sa_column=Column(Text))
     result: str | None = Field(default=None, sa_column=Column(Text))
+    answer_hash: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     wipe_at: datetime | None = Field(default=None, sa_column=_time())
     wiped: bool = Field(default=False, nullable=False, sa_column_kwargs={"server_default": "false"})
 
@@ -216,6 +218,15 @@ class IdempotencyRow(SQLModel, table=True):
     key: str = Field(sa_column=Column(Text, primary_key=True))
     request_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     quote_id: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+
+
+class ReceiptKeyRow(SQLModel, table=True):
+    """The public half of a router's key; never deleted, since old receipts are checked with it."""
+
+    __tablename__ = "receipt_keys"
+    kid: str = Field(sa_column=Column(Text, primary_key=True))
+    public_key: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     created_at: datetime = Field(sa_column=_now())
 
 

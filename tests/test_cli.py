@@ -25,6 +25,7 @@ HELP = {
     "prompt": ("--multiplier", "--max-wait-s", "--key"),
     "quote": ("--max-tokens", "--json"),
     "balance": ("topup", "withdraw", "keys"),
+    "receipt": ("verify",),
     "pay": ("INVOICE", "simulated"),
     "router": ("--database-url", "--admin-token", "--lightning"),
     "worker": ("--ln-url", "--engine-url", "llama_cpp|openai|koboldcpp|echo"),

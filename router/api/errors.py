@@ -30,6 +30,7 @@ STATUSES: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "The path exists, but not for this method."),
     "idempotency_conflict": (409, "The Idempotency-Key was used for another request."),
     "job_not_waiting": (409, "Only a waiting job can be bumped."),
+    "job_not_ended": (409, "A job has its receipt when it has ended."),
     "too_many_keys": (409, "The account has as many keys as it may."),
     "conflict": (409, "The state of things does not allow it."),
     "cancelled": (409, "The job was cancelled."),

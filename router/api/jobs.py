@@ -13,6 +13,7 @@ from router import following
 from router.api import payment, purchase, sse
 from router.api.answers import answer, core_of, noted, problem_answer, read_object
 from router.api.errors import Problem, problem_of
+from router.api.job_access import open_job, payer_of
 from router.api.own_door import OwnDoorRoute
 from router.api.payment import Payer
 from router.api.purchase import PaymentRequired, payment_body, quote_json
@@ -25,7 +26,6 @@ from router.errors import (
     JobWiped,
     NotEnoughBalance,
     RouterError,
-    Unauthorized,
 )
 from router.job_views import outcome_of, time_text
 from router.quotes import StoredQuote
@@ -174,7 +174,7 @@ async def make_jobs(request: Request) -> Response:
 async def _start_quote(core: Core, request: Request, quote_id: Any) -> Response:
     if not isinstance(quote_id, str):
         raise BadRequest("quote_id must be text", param="quote_id")
-    payer = await _payer(core, request, "quotes")
+    payer = await payer_of(core, request, "quotes")
     stored = await core.quotes.get(quote_id)
     if not (stored.state == "paid" and stored.account_id == payer.account_id):
         await purchase.refuse_when_closed(core)
@@ -206,7 +206,7 @@ async def get_job(request: Request, job_id: str) -> Response:
     """A job and, once it has ended, its answer."""
     core = core_of(request)
     try:
-        row = await _open(core, request, job_id)
+        row = await open_job(core, request, job_id)
         await core.jobs.touch(job_id, core.settings.wipe_after_s)
         return answer(await core.jobs.view(row))
     except Exception as error:
@@ -218,7 +218,7 @@ async def follow_job(request: Request, job_id: str) -> Response:
     """A job as it happens; `Last-Event-ID` resumes after what was seen."""
     core = core_of(request)
     try:
-        row = await _open(core, request, job_id)
+        row = await open_job(core, request, job_id)
         ended = outcome_of(row)
         if ended is not None and ended.wiped:
             raise JobWiped("the answer has been deleted", job=job_id)
@@ -256,7 +256,7 @@ async def bump(request: Request, job_id: str) -> Response:
     """Raise the offer of a waiting job to a new total; without balance, 402 for the difference."""
     core = core_of(request)
     try:
-        row = await _open(core, request, job_id)
+        row = await open_job(core, request, job_id)
         body = await read_object(request)
         offer_msat, multiplier = _bump_terms(core, body)
         try:
@@ -301,36 +301,11 @@ async def cancel(request: Request, job_id: str) -> Response:
     """Cancel a job: free while it waits, settled as it stands while it runs."""
     core = core_of(request)
     try:
-        await _open(core, request, job_id)
+        await open_job(core, request, job_id)
         await core.jobs.cancel(job_id)
         return answer(await core.jobs.view(await core.jobs.row(job_id)))
     except Exception as error:
         return _refused(error, request)
-
-
-async def _open(core: Core, request: Request, job_id: str) -> Any:
-    """The row of a job that this request may see: by its token, or by its payer's credential."""
-    for value in (*request.headers.getlist("authorization"), request.headers.get("x-job-token")):
-        presented = (value or "").split()[-1:]
-        if presented and core.jobs.is_token(job_id, presented[0]):
-            return await core.jobs.row(job_id)
-    payer = await _payer(core, request, "jobs")
-    row = await core.jobs.row(job_id)
-    if row["account_id"] != payer.account_id:
-        raise Forbidden("this job belongs to somebody else")
-    # Whoever holds a job's token may have raised it: that payment opens this job, not its account's.
-    if not payer.owns_account and (payer.reference or "").partition(":")[0] != job_id:
-        raise Forbidden("this payment was for another job")
-    return row
-
-
-async def _payer(core: Core, request: Request, capability: str) -> Payer:
-    payer = await payment.identify(core, request, payment.facts(core, capability))
-    if payer is None:
-        raise Unauthorized(
-            "send the job's token as `Authorization: Bearer`, or its payer's credential"
-        )
-    return payer
 
 
 async def _payer_if_any(core: Core, request: Request, capability: str) -> Payer | None:
