@@ -51,6 +51,10 @@ class Rig(Protocol):
 
     async def delete_history(self, payment_hash: str) -> None: ...
 
+    def now(self) -> datetime:
+        """The nodes' time."""
+        ...
+
     async def pass_time(self, seconds: float) -> None:
         """For the nodes; not for this process."""
         ...
@@ -82,6 +86,9 @@ class SimulatedRig:
 
     def _clock(self) -> float:
         return datetime.now(UTC).timestamp() + self._later_s
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC)
 
     async def start(self) -> None:
         self.network = await Network.open(self._data_dir, clock=self._clock)

@@ -22,8 +22,16 @@ from billing.lightning import (
     InvoiceState,
     OutcomeUnknown,
     PaymentState,
+    SentPayment,
     Settlement,
+    cln_lists,
+    lnbits_feed,
+    lnd_lists,
+    nwc,
+    phoenixd,
 )
+from billing.lightning.simulated import backend as simulated_backend
+from billing.lightning.simulated import network as simulated_network
 from billing.lightning.simulated.faults import FaultKind
 from tests.lightning_rig import (
     ENOUGH_FEE_MSAT,
@@ -40,6 +48,15 @@ from tests.lightning_rig import (
 )
 from tests.stand_ins.rig import StandInRig
 
+_PAGES = [
+    (lnd_lists, "_PAGE"),
+    (cln_lists, "_PAGE"),
+    (phoenixd, "_PAGE"),
+    (nwc, "_PAGE"),
+    (lnbits_feed, "_PAGE"),
+    (simulated_backend, "PAGE"),
+    (simulated_network, "PAGE"),
+]
 SIMULATED = ["simulated in process", "simulated over HTTP"]
 STAND_INS = ["lnd (stand-in)", "cln (stand-in)", "phoenixd (stand-in)"]
 
@@ -280,6 +297,71 @@ async def test_an_unpaid_invoice_is_in_no_stream(rig: Rig) -> None:
     assert [s.payment_hash for s in await take(rig, start, 1)] == [paid.payment_hash]
 
 
+# Its own history
+
+
+async def told_by(rig: Rig, since: datetime) -> tuple[dict[str, int], dict[str, SentPayment]]:
+    received = [one async for one in rig.backend.received_since(since)]
+    sent = [one async for one in rig.backend.sent_since(since)]
+    assert len({one.payment_hash for one in sent}) == len(sent)
+    return (
+        {one.payment_hash: one.amount_received_msat for one in received},
+        {one.payment_hash: one for one in sent},
+    )
+
+
+async def test_its_lists_tell_what_came_in_and_what_left(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page after page, the last of them not full."""
+    for module, name in _PAGES:
+        monkeypatch.setattr(module, name, 2)
+    since = rig.now() - timedelta(seconds=5)
+    await ask(rig)
+    invoices = [await ask(rig, 1_000 * n) for n in (1, 2, 3, 4, 5)]
+    for invoice in invoices:
+        await rig.pay_us(invoice.bolt11)
+    paid = {hash_of(bolt11 := await rig.their_invoice(50_000)): await pay(rig, bolt11)}
+    for _ in range(2):
+        bolt11 = await rig.their_invoice(70_000)
+        paid[hash_of(bolt11)] = await pay(rig, bolt11)
+    await rig.go_wrong(FaultKind.FAIL, "pay_invoice")
+    await pay(rig, await rig.their_invoice(60_000))
+    held = await rig.their_invoice(80_000)
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    assert (await pay(rig, held, timeout_s=0.05)).state is PaymentState.IN_FLIGHT
+
+    received, sent = await told_by(rig, since)
+
+    assert received == {one.payment_hash: one.amount_msat for one in invoices}
+    # Electrum lists nothing that is on its way.
+    on_its_way = sent.pop(hash_of(held), None)
+    assert (on_its_way is None) is (rig.backend.name == "electrum")
+    if on_its_way is not None:
+        assert (on_its_way.state, on_its_way.amount_msat) == (PaymentState.IN_FLIGHT, 80_000)
+    assert sent.keys() == paid.keys()
+    for payment_hash, one in sent.items():
+        status = paid[payment_hash]
+        assert one.state is PaymentState.SUCCEEDED
+        assert (one.amount_msat, one.fee_msat) == (status.amount_msat, status.fee_msat)
+        assert since <= one.sent_at <= rig.now()
+
+    await rig.pass_time(600)
+    later, _ = await told_by(rig, rig.now() - timedelta(seconds=60))
+    assert later == {}
+
+
+async def test_what_it_holds_is_neither_more_nor_less_while_a_payment_is_held(rig: Rig) -> None:
+    before = (await rig.backend.balance()).held_msat
+    await rig.go_wrong(FaultKind.HANG, "pay_invoice")
+    bolt11 = await rig.their_invoice(50_000)
+    assert (await pay(rig, bolt11, timeout_s=0.05)).state is PaymentState.IN_FLIGHT
+    held_msat = (await rig.backend.balance()).held_msat
+    # phoenixd's pending amount is without the routing fee, and in whole satoshis.
+    short_msat = 2_000 if rig.backend.name == "phoenixd" else 0
+    assert before - short_msat <= held_msat <= before
+
+
 # Paying
 
 
@@ -430,8 +512,7 @@ async def test_a_caller_who_goes_away_does_not_stop_the_payment(rig: Rig) -> Non
 async def test_an_expired_invoice_is_not_paid(rig: Rig) -> None:
     bolt11 = await rig.their_invoice(50_000, expiry_s=60)
     await rig.pass_time(61)
-    if not rig.backend.capabilities.checks_expiry:
-        pytest.skip("this node does not check expiry; callers do")
+    # Where the node does not check expiry, its back end does before it asks.
     with pytest.raises(BackendRejected) as refusal:
         await pay(rig, bolt11)
     assert refusal.value.reason == "expired"

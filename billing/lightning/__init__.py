@@ -1,8 +1,8 @@
 """The seam between billing and a Lightning node: one interface, its results, its errors.
 
-Every back end (`simulated` today; lnd, cln, phoenixd, lnbits, nwc and electrum fit the same seam)
-implements `LightningBackend`. Inside, amounts are msat, payment hashes are 64 lower-case hex
-characters, and times are aware datetimes in UTC.
+Every back end (simulated, lnd, cln, phoenixd, lnbits, nwc, electrum) implements `LightningBackend`.
+Inside, amounts are msat, payment hashes are 64 lower-case hex characters, and times are aware
+datetimes in UTC.
 
     BillingError
     └── BackendError          carries back end, operation, a message safe to show, and a detail
@@ -76,11 +76,18 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodeBalance:
-    """`receivable_msat` is None where the node cannot tell; `pending_msat` is out in HTLCs."""
+    """`receivable_msat` is None where the node cannot tell; `pending_msat` is out in HTLCs;
+    `reserve_msat` is ours too, and cannot be sent now: channel reserves, channels that are away."""
 
     spendable_msat: int
     receivable_msat: int | None
     pending_msat: int
+    reserve_msat: int = 0
+
+    @property
+    def held_msat(self) -> int:
+        """All that is ours, as far as the node tells."""
+        return self.spendable_msat + self.pending_msat + self.reserve_msat
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,18 @@ class PaymentStatus:
     amount_msat: int | None = None
     fee_msat: int | None = None
     failure_code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SentPayment:
+    """A payment as the node's own history lists it: `state` is IN_FLIGHT or SUCCEEDED. One that is
+    in flight may name no fee yet."""
+
+    payment_hash: str
+    state: PaymentState
+    amount_msat: int
+    fee_msat: int
+    sent_at: datetime
 
 
 class BackendError(BillingError):
@@ -233,5 +252,15 @@ class LightningBackend(Protocol):
         ...
 
     async def lookup_payment(self, payment_hash: str) -> PaymentStatus: ...
+
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        """What the node's own history says came in since then, asked for, paid, by whomever; read
+        page by page and ending. Some from before may come too. Raises `BackendRejected` with
+        `unsupported` where the node keeps no list that we may read."""
+        ...
+
+    def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        """What left or is leaving since then, likewise, whoever asked for it."""
+        ...
 
     async def aclose(self) -> None: ...

@@ -4,6 +4,7 @@
     watch    waitanyinvoice             a long poll: the next paid invoice after an index
     pay      xpay                       with a fee limit; its errors prove nothing
     look up  listpays and listsendpays  complete wins, else pending, else failed
+    list     listinvoices and listpays  (billing.lightning.cln_lists)
 
 Success is HTTP 201, an error is 500 with `{code, message}`. `xpay` may report an error while parts
 of the payment are still out, and between two of its attempts all parts may be marked failed. So
@@ -16,6 +17,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import datetime
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,10 @@ from billing.lightning import (
     NodeInfo,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
+from billing.lightning.cln_lists import ClnLists
 from billing.lightning.node_http import Fields, NodeHttp, Reply, checked_url
 from billing.lightning.node_rules import Clock, RealNode, asked_msat, time_of
 
@@ -81,6 +86,7 @@ class ClnBackend(RealNode):
         super().__init__(clock)
         self._receive = receive
         self._pay = pay
+        self._lists = ClnLists(partial(self._call, receive), partial(self._call, pay))
         # Hashes that a call of this process is paying right now.
         self._paying: Counter[str] = Counter()
 
@@ -99,15 +105,18 @@ class ClnBackend(RealNode):
 
     async def balance(self) -> NodeBalance:
         listed = await self._call(self._receive, "balance", "listpeerchannels")
-        spendable_msat = receivable_msat = pending_msat = 0
+        spendable_msat = receivable_msat = pending_msat = ours_msat = 0
         for channel in listed.objects("channels"):
+            # An outgoing HTLC is ours until it is settled, and so in this.
+            ours_msat += channel.number_or("to_us_msat", 0)
             for htlc in channel.objects("htlcs"):
                 if htlc.get("direction") == "out":
                     pending_msat += htlc.number("amount_msat")
             if channel.get("state") == "CHANNELD_NORMAL" and channel.get("peer_connected") is True:
                 spendable_msat += channel.number_or("spendable_msat", 0)
                 receivable_msat += channel.number_or("receivable_msat", 0)
-        return NodeBalance(spendable_msat, receivable_msat, pending_msat)
+        reserve_msat = max(0, ours_msat - spendable_msat - pending_msat)
+        return NodeBalance(spendable_msat, receivable_msat, pending_msat, reserve_msat)
 
     async def create_invoice(
         self, *, amount_msat: int, description: str, expiry_s: int, idempotency_key: str
@@ -249,6 +258,12 @@ class ClnBackend(RealNode):
             # Between two of its attempts, perhaps: a pay call may still be under way.
             return PaymentStatus(payment_hash, PaymentState.UNKNOWN)
         return PaymentStatus(payment_hash, PaymentState.FAILED, failure_code="failed")
+
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        return self._lists.received_since(since)
+
+    def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        return self._lists.sent_since(since)
 
     async def aclose(self) -> None:
         await self._receive.aclose()

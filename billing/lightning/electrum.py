@@ -34,6 +34,7 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
 from billing.lightning.careful_wallet import MSAT_PER_SAT, CarefulWallet
@@ -49,6 +50,7 @@ _UNPAID, _EXPIRED, _PAID, _IN_FLIGHT, _FAILED = 0, 1, 3, 4, 5
 # `expiration` became `expiry`, and requests without an address came, and limits for a payment.
 _EXPIRY_SINCE, _LIGHTNING_SINCE, _LIMITS_SINCE = (4, 5), (4, 6), (4, 8)
 _NOT_FOUND = "not found"
+_GONE = frozenset({"CLOSED", "REDEEMED"})
 
 
 class ElectrumBackend(CarefulWallet):
@@ -89,8 +91,11 @@ class ElectrumBackend(CarefulWallet):
 
     async def balance(self) -> NodeBalance:
         """In whole satoshis, as Electrum tells it; reserves are not spendable."""
-        spendable_sat = receivable_sat = pending_sat = 0
+        spendable_sat = receivable_sat = pending_sat = ours_sat = 0
         for channel in await self._channels("balance"):
+            if channel.get("state") not in _GONE:
+                # It takes an outgoing HTLC off only when that has settled.
+                ours_sat += channel.number_or("local_balance", 0)
             sent_sat = channel.number_or("local_unsettled_sent", 0)
             pending_sat += sent_sat
             if channel.get("state") == "OPEN" and channel.get("peer_state") == "GOOD":
@@ -103,8 +108,12 @@ class ElectrumBackend(CarefulWallet):
                 receivable_sat += max(
                     0, channel.number("remote_balance") - channel.number_or("remote_reserve", 0)
                 )
+        reserve_sat = max(0, ours_sat - spendable_sat - pending_sat)
         return NodeBalance(
-            spendable_sat * MSAT_PER_SAT, receivable_sat * MSAT_PER_SAT, pending_sat * MSAT_PER_SAT
+            spendable_sat * MSAT_PER_SAT,
+            receivable_sat * MSAT_PER_SAT,
+            pending_sat * MSAT_PER_SAT,
+            reserve_sat * MSAT_PER_SAT,
         )
 
     async def create_invoice(
@@ -208,6 +217,39 @@ class ElectrumBackend(CarefulWallet):
             return PaymentStatus(payment_hash, PaymentState.FAILED, failure_code="failed")
         # Electrum has given up, and an HTLC is out that may be of this payment.
         return PaymentStatus(payment_hash, PaymentState.UNKNOWN, failure_code="htlcs_pending")
+
+    async def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        for item in await self._history_since("received_since", since):
+            if item.number("amount_msat") > 0:
+                yield Settlement(
+                    item.text("payment_hash"),
+                    item.number("amount_msat"),
+                    time_of(item.number("timestamp")),
+                    cursor=None,
+                )
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        """What has settled: Electrum lists nothing that is still on its way."""
+        for item in await self._history_since("sent_since", since):
+            if item.number("amount_msat") < 0:
+                fee_msat = item.number_or("fee_msat", 0)
+                yield SentPayment(
+                    item.text("payment_hash"),
+                    PaymentState.SUCCEEDED,
+                    -item.number("amount_msat") - fee_msat,
+                    fee_msat,
+                    time_of(item.number("timestamp")),
+                )
+
+    async def _history_since(self, operation: str, since: datetime) -> list[Fields]:
+        history = await self._rpc.call(operation, "lightning_history")
+        return [
+            item
+            for item in read_objects(NAME, operation, history, "history")
+            if item.get("payment_hash")
+            and item.get("timestamp")
+            and time_of(item.number("timestamp")) >= since
+        ]
 
     async def aclose(self) -> None:
         await self._rpc.aclose()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 from hashlib import sha256
 
 from billing import bolt11_codec
@@ -30,6 +31,7 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
 from billing.lightning.careful_wallet import MSAT_PER_SAT, CarefulWallet
@@ -38,6 +40,7 @@ from billing.lightning.lnbits_feed import (
     PAYMENTS,
     LnbitsFeed,
     is_no_wallet,
+    made_at,
     ok,
     settled_at,
     wrong_key,
@@ -179,6 +182,21 @@ class LnbitsBackend(CarefulWallet):
         if found is None or found.number("amount") > 0:
             return PaymentStatus(payment_hash, PaymentState.NOT_FOUND)
         return self._status(payment_hash, found)
+
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        return self._feed.received_since(since)
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        for payment in await self._feed.listed_since("sent_since", since, {"amount[lt]": "0"}):
+            state = _PAYMENT_STATES.get(payment.text("status"))
+            if state is PaymentState.SUCCEEDED or state is PaymentState.IN_FLIGHT:
+                yield SentPayment(
+                    payment_hash=payment.text("payment_hash"),
+                    state=state,
+                    amount_msat=abs(payment.number("amount")),
+                    fee_msat=abs(payment.number_or("fee", 0)),
+                    sent_at=made_at(payment),
+                )
 
     async def aclose(self) -> None:
         await self._receive.aclose()

@@ -18,6 +18,8 @@ NAME = "lnbits"
 PAYMENTS = "/api/v1/payments"
 _PAGE = 100
 _MAX_PAGES = 20
+_ALL_PAGES = 1000
+_INVOICES_BEFORE = timedelta(days=1)
 # A (re)connected stream tells again what was settled in this time; polling finds the rest.
 _LOOK_BACK = timedelta(hours=1)
 # LNbits wants the invoice key in the stream's address, which the library would write at DEBUG.
@@ -56,11 +58,16 @@ class LnbitsFeed:
         raise OutcomeUnknown(NAME, "settlements", "the stream ended")
 
     async def listed(
-        self, operation: str, where: Mapping[str, str], *, limit: int | None = None
+        self,
+        operation: str,
+        where: Mapping[str, str],
+        *,
+        limit: int | None = None,
+        pages: int = _MAX_PAGES,
     ) -> list[Fields]:
         """Payments by these filters, newest first."""
         found: list[Fields] = []
-        for number in range(_MAX_PAGES):
+        for number in range(pages):
             query = {
                 "limit": str(limit or _PAGE),
                 "offset": str(number * _PAGE),
@@ -76,6 +83,20 @@ class LnbitsFeed:
             if limit is not None or len(page) < _PAGE:
                 break
         return found
+
+    async def listed_since(
+        self, operation: str, since: datetime, where: Mapping[str, str]
+    ) -> list[Fields]:
+        """All payments by these filters whose record was made since then."""
+        moment = since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return await self.listed(operation, {"time[ge]": moment, **where}, pages=_ALL_PAGES)
+
+    async def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        # The record is of the invoice's time; it may have been paid long after that.
+        where = {"status": "success", "amount[gt]": "0"}
+        for payment in await self.listed_since("received_since", since - _INVOICES_BEFORE, where):
+            if settled_at(payment) >= since:
+                yield _settlement(payment)
 
     async def _settled_lately(self, now_s: float) -> list[Fields]:
         since = datetime.fromtimestamp(now_s, UTC) - _LOOK_BACK
@@ -106,7 +127,15 @@ def wrong_key(operation: str) -> BackendAuthError:
 
 def settled_at(payment: Fields) -> datetime:
     """When LNbits last touched the record of a receipt."""
-    value = payment.get("updated_at") or payment.text("time")
+    return _moment(payment.get("updated_at") or payment.text("time"))
+
+
+def made_at(payment: Fields) -> datetime:
+    """When LNbits made the record."""
+    return _moment(payment.text("time"))
+
+
+def _moment(value: Any) -> datetime:
     try:
         moment = datetime.fromisoformat(value)
     except (TypeError, ValueError):

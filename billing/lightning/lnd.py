@@ -2,6 +2,7 @@
 
     create   POST /v1/invoices with a preimage of ours, so that the same key makes the same invoice
     watch    GET  /v1/invoices/subscribe?settle_index=N   lines; N = 0 replays nothing
+    list     GET  /v1/invoices, /v1/payments              (billing.lightning.lnd_lists)
     pay      POST /v2/router/send                         lines until the payment ends
     look up  GET  /v2/router/track/{hash}                 its first line is the present state
 
@@ -17,6 +18,7 @@ import base64
 import hmac
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -33,7 +35,9 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
+    lnd_lists,
 )
 from billing.lightning.lnd_answers import code_words, error, hex_of, ok, reserve_msat, streamed
 from billing.lightning.node_http import Fields, NodeHttp, StreamQuiet, checked_url
@@ -102,7 +106,7 @@ class LndBackend(RealNode):
         part of that."""
         total = ok(await self._pay.request("balance", "GET", "/v1/balance/channels"))
         listed = ok(await self._pay.request("balance", "GET", "/v1/channels"))
-        spendable_msat = total.object("local_balance").number_or("msat", 0)
+        spendable_msat = ours_msat = total.object("local_balance").number_or("msat", 0)
         receivable_msat = total.object("remote_balance").number_or("msat", 0)
         for channel in listed.objects("channels"):
             if channel.get("active") is True:
@@ -116,7 +120,10 @@ class LndBackend(RealNode):
         pending_msat = (
             total.object("unsettled_remote_balance").number_or("msat", 0) if pending else 0
         )
-        return NodeBalance(max(0, spendable_msat), max(0, receivable_msat), pending_msat)
+        spendable_msat = max(0, spendable_msat)
+        return NodeBalance(
+            spendable_msat, max(0, receivable_msat), pending_msat, ours_msat - spendable_msat
+        )
 
     async def create_invoice(
         self, *, amount_msat: int, description: str, expiry_s: int, idempotency_key: str
@@ -254,6 +261,12 @@ class LndBackend(RealNode):
         finally:
             await lines.aclose()  # type: ignore[attr-defined]
         raise OutcomeUnknown(self.name, "lookup_payment", "the answer is empty")
+
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        return lnd_lists.received_since(self._receive, since)
+
+    def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        return lnd_lists.sent_since(self._pay, since)
 
     async def aclose(self) -> None:
         await self._receive.aclose()

@@ -31,6 +31,7 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
 
@@ -76,6 +77,12 @@ class RealNode(ABC):
 
     @abstractmethod
     async def lookup_payment(self, payment_hash: str) -> PaymentStatus: ...
+
+    @abstractmethod
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]: ...
+
+    @abstractmethod
+    def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]: ...
 
     @abstractmethod
     async def _send(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from billing.bolt11_codec import DecodedInvoice
@@ -30,14 +31,17 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
 from billing.lightning.careful_wallet import CarefulWallet
 from billing.lightning.node_rules import Clock
 from billing.lightning.nwc_answers import (
     NETWORKS,
+    PAYMENT_STATES,
     fees,
     read_pubkey,
+    read_sent,
     read_settlement,
     settled_at,
     wallet_failure,
@@ -56,12 +60,6 @@ _INVOICE_STATES = {
     "accepted": InvoiceState.OPEN,
     "settled": InvoiceState.SETTLED,
     "expired": InvoiceState.EXPIRED,
-}
-_PAYMENT_STATES = {
-    "pending": PaymentState.IN_FLIGHT,
-    "accepted": PaymentState.IN_FLIGHT,
-    "settled": PaymentState.SUCCEEDED,
-    "failed": PaymentState.FAILED,
 }
 
 
@@ -189,7 +187,7 @@ class NwcBackend(CarefulWallet):
             settled = settled_at(found) is not None
             state = PaymentState.SUCCEEDED if settled else PaymentState.IN_FLIGHT
         else:
-            state = _PAYMENT_STATES.get(str(found["state"]), PaymentState.UNKNOWN)
+            state = PAYMENT_STATES.get(str(found["state"]), PaymentState.UNKNOWN)
         if state is PaymentState.SUCCEEDED:
             return self._proven(
                 payment_hash,
@@ -199,6 +197,19 @@ class NwcBackend(CarefulWallet):
             )
         failure_code = "payment_failed" if state is PaymentState.FAILED else None
         return PaymentStatus(payment_hash, state, failure_code=failure_code)
+
+    async def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        async for found in self._listed_since("received_since", "incoming", since, {}):
+            settlement = read_settlement(found)
+            if settlement is not None:
+                yield settlement
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        more = {"unpaid": True, "unpaid_outgoing": True}
+        async for found in self._listed_since("sent_since", "outgoing", since, more):
+            sent = read_sent(found)
+            if sent is not None:
+                yield sent
 
     async def aclose(self) -> None:
         await self._link.aclose()
@@ -278,6 +289,22 @@ class NwcBackend(CarefulWallet):
                 # Newest first becomes oldest first, also within one second.
                 return sorted(reversed(found), key=lambda one: one.get("settled_at") or 0)
 
+    async def _listed_since(
+        self, operation: str, direction: str, since: datetime, more: dict[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        if "list_transactions" not in (await self._link.info(operation)).methods:
+            words = "the wallet does not offer list_transactions"
+            raise BackendRejected(NAME, operation, words, reason="unsupported")
+        offset = 0
+        while True:
+            filters = {"from": int(since.timestamp())} | more
+            page = await self._page(operation, direction, offset, filters)
+            for one in page:
+                yield one
+            offset += len(page)
+            if len(page) < _PAGE:
+                return
+
     async def _pending_msat(self) -> int:
         """What is out in payments without an end. The second flag is Alby Hub's own."""
         pending_msat = 0
@@ -291,7 +318,7 @@ class NwcBackend(CarefulWallet):
             pending_msat += sum(
                 whole(one, "amount", "balance") + fees(one)
                 for one in page
-                if _PAYMENT_STATES.get(str(one.get("state"))) is PaymentState.IN_FLIGHT
+                if PAYMENT_STATES.get(str(one.get("state"))) is PaymentState.IN_FLIGHT
                 or (one.get("state") is None and settled_at(one) is None)
             )
             if len(page) < _PAGE:

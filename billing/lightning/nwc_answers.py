@@ -10,6 +10,8 @@ from billing.lightning import (
     BackendError,
     BackendRejected,
     OutcomeUnknown,
+    PaymentState,
+    SentPayment,
     Settlement,
 )
 from billing.lightning.node_rules import time_of
@@ -25,6 +27,12 @@ _REASONS = {
     "EXPIRED": "expired",
 }
 _REFUSES_US = frozenset({"RESTRICTED", "UNAUTHORIZED"})
+PAYMENT_STATES = {
+    "pending": PaymentState.IN_FLIGHT,
+    "accepted": PaymentState.IN_FLIGHT,
+    "settled": PaymentState.SUCCEEDED,
+    "failed": PaymentState.FAILED,
+}
 NETWORKS = {"bitcoin": "mainnet", "mainnet": "mainnet"} | {
     name: name for name in ("testnet", "signet", "regtest")
 }
@@ -53,6 +61,29 @@ def read_settlement(found: Any) -> Settlement | None:
     if not isinstance(payment_hash, str) or not isinstance(amount_msat, int):
         return None
     return Settlement(payment_hash, amount_msat, moment, cursor=None)
+
+
+def read_sent(found: dict[str, Any]) -> SentPayment | None:
+    """None for what is no payment of ours, or one that took nothing."""
+    if found.get("type") != "outgoing":
+        return None
+    if found.get("state") is None:
+        settled = settled_at(found) is not None
+        state = PaymentState.SUCCEEDED if settled else PaymentState.IN_FLIGHT
+    else:
+        state = PAYMENT_STATES.get(str(found["state"]), PaymentState.UNKNOWN)
+    payment_hash, created_at_s = found.get("payment_hash"), found.get("created_at")
+    if state in (PaymentState.FAILED, PaymentState.UNKNOWN) or not isinstance(payment_hash, str):
+        return None
+    if not isinstance(created_at_s, int):
+        raise OutcomeUnknown(NAME, "sent_since", "the wallet does not say when it paid")
+    return SentPayment(
+        payment_hash,
+        state,
+        whole(found, "amount", "sent_since"),
+        fees(found),
+        time_of(created_at_s),
+    )
 
 
 def settled_at(found: dict[str, Any]) -> datetime | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 
 from billing.bolt11_codec import DecodedInvoice
 from billing.lightning import (
@@ -28,6 +29,7 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
 from billing.lightning.node_http import (
@@ -35,7 +37,7 @@ from billing.lightning.node_http import (
     NodeHttp,
     checked_url,
 )
-from billing.lightning.node_rules import Clock, RealNode, asked_msat, is_preimage
+from billing.lightning.node_rules import Clock, RealNode, asked_msat, is_preimage, time_of
 from billing.lightning.phoenixd_answers import failure_code, listed, ok, settlement_of, state_of
 from billing.lightning.phoenixd_feed import Feed
 
@@ -46,6 +48,7 @@ _PENDING_SINCE_MS = 14 * 86_400_000
 _PAGE = 100
 _SPARE_S = 30.0
 _BASE_FEE_MSAT, _FEE_PPM = 4_000, 4_000
+_LISTED_STATES = {"succeeded": PaymentState.SUCCEEDED, "pending": PaymentState.IN_FLIGHT}
 _NETWORKS = {"testnet3": "testnet", "testnet4": "testnet"}
 
 
@@ -247,6 +250,27 @@ class PhoenixdBackend(RealNode):
             case _:
                 return PaymentStatus(payment_hash, PaymentState.UNKNOWN)
 
+    def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        return self._received_since(int(since.timestamp() * 1000))
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        """What it spent on chain, for channels and splices, has no payment hash and is not here."""
+        offset, page = 0, [None] * _PAGE
+        while len(page) == _PAGE:
+            query = {
+                "all": "true",
+                "from": str(int(since.timestamp() * 1000)),
+                "limit": str(_PAGE),
+                "offset": str(offset),
+            }
+            reply = await self._pay.request("sent_since", "GET", "/payments/outgoing", query=query)
+            page = listed(reply)
+            offset += _PAGE
+            for payment in page:
+                state = _LISTED_STATES.get(state_of(payment))
+                if state is not None and payment.get("paymentHash") is not None:
+                    yield _sent_payment(payment, state)
+
     async def aclose(self) -> None:
         await self._receive.aclose()
         await self._pay.aclose()
@@ -284,6 +308,20 @@ class PhoenixdBackend(RealNode):
             # It lists the newest first.
             for settlement in sorted(reversed(received), key=lambda one: one.settled_at):
                 yield settlement
+
+
+def _sent_payment(payment: Fields, state: PaymentState) -> SentPayment:
+    fee_msat = payment.number_or("fees", 0)
+    amount_msat = asked_msat(payment.get("invoice"))
+    if amount_msat is None:
+        amount_msat = max(0, payment.number("sent") * 1000 - fee_msat)
+    return SentPayment(
+        payment_hash=payment.text("paymentHash"),
+        state=state,
+        amount_msat=amount_msat,
+        fee_msat=fee_msat,
+        sent_at=time_of(payment.number("createdAt") / 1000),
+    )
 
 
 def from_settings(

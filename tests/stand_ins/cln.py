@@ -17,6 +17,7 @@ from tests.stand_ins.core import NodeCore, index_of
 
 RUNE = "the-rune-for-all"
 RECEIVE_RUNE = "the-rune-for-invoices"
+RESERVE_MSAT = 10_000_000
 _PAYING = frozenset({"xpay", "listpays", "listsendpays"})
 _STATUSES = {"open": "unpaid", "held": "unpaid", "settled": "paid", "expired": "expired"}
 _PAY_CODES = {
@@ -84,11 +85,18 @@ class _Cln:
         channel = {
             "state": "CHANNELD_NORMAL",
             "peer_connected": True,
+            "to_us_msat": node.balance_msat + node.pending_msat + RESERVE_MSAT,
             "spendable_msat": node.balance_msat,
             "receivable_msat": 5_000_000,
             "htlcs": htlcs,
         }
-        away = {**channel, "peer_connected": False, "spendable_msat": 7_000_000, "htlcs": []}
+        away = {
+            **channel,
+            "peer_connected": False,
+            "spendable_msat": 7_000_000,
+            "to_us_msat": 8_000_000,
+            "htlcs": [],
+        }
         return {"channels": [channel, away]}
 
     async def invoice(self, body: Any) -> Any:
@@ -114,6 +122,15 @@ class _Cln:
         }
 
     async def listinvoices(self, body: Any) -> Any:
+        if body.get("index") == "created":
+            received = await self._core.network.received(self._core.wallet)
+            page = received[body["start"] - 1 :][: body["limit"]]
+            return {
+                "invoices": [
+                    await self._invoice(one) | {"created_index": body["start"] + n}
+                    for n, one in enumerate(page)
+                ]
+            }
         payment_hash = body.get("payment_hash") or await self._core.by_key(body["label"])
         if payment_hash is None or payment_hash in self._deleted:
             return {"invoices": []}
@@ -145,6 +162,7 @@ class _Cln:
             payment_hash = bolt11_codec.decode(body["invstring"]).payment_hash
         except BadInvoice as error:
             raise RpcError(-32602, f"Invalid bolt11: {error}") from None
+        self._core.disk.asked_to_pay[payment_hash] = body["invstring"]
         known = await self._core.network.lookup_payment(self._core.wallet, payment_hash)
         if known is not None and known.state == "succeeded":
             raise RpcError(219, "Already paid")
@@ -170,6 +188,15 @@ class _Cln:
         }
 
     async def listpays(self, body: Any) -> Any:
+        if body.get("index") == "created":
+            hashes = list(dict.fromkeys(p.payment_hash for p in await self._core.remembered()))
+            page = hashes[body["start"] - 1 :][: body["limit"]]
+            pays = [
+                (await self.listpays({"payment_hash": one}))["pays"][0]
+                | {"created_index": body["start"] + n}
+                for n, one in enumerate(page)
+            ]
+            return {"pays": pays}
         attempts = await self._core.attempts(body["payment_hash"])
         if not attempts:
             return {"pays": []}
@@ -178,6 +205,7 @@ class _Cln:
         record = next(one for one in attempts if one.state == best)
         pay: dict[str, Any] = {
             "payment_hash": record.payment_hash,
+            "bolt11": self._core.disk.asked_to_pay[record.payment_hash],
             "status": {"succeeded": "complete", "in_flight": "pending"}.get(best, "failed"),
             "created_at": int(record.sent_at_s),
             # As older versions wrote it.

@@ -80,6 +80,11 @@ class NodeCore:
         paid = await self.network.paid_out(self.wallet)
         return [one for one in paid if one.payment_hash == payment_hash and not one.forgotten]
 
+    async def remembered(self) -> list[PaymentRecord]:
+        """All attempts to pay that this node lists, oldest first."""
+        paid = await self.network.paid_out(self.wallet)
+        return [one for one in reversed(paid) if not one.forgotten]
+
     async def pay(self, bolt11: str, *, max_fee_msat: int, max_cltv: int | None) -> PaymentRecord:
         """Raises Refused; waits for the end, however long that is."""
         return await self.network.pay_invoice(

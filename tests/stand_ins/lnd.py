@@ -43,6 +43,8 @@ def routes(core: NodeCore) -> list[BaseRoute]:
         "GET /v1/balance/channels": lnd.channel_balance,
         "GET /v1/channels": lnd.channels,
         "POST /v1/invoices": lnd.add_invoice,
+        "GET /v1/invoices": lnd.list_invoices,
+        "GET /v1/payments": lnd.list_payments,
         "GET /v1/invoices/subscribe": lnd.subscribe,
         "GET /v1/invoice/{payment_hash}": lnd.lookup_invoice,
         "POST /v2/invoices/cancel": lnd.cancel,
@@ -142,6 +144,35 @@ class _Lnd:
         if record is None:
             return _error(5, "unable to locate invoice")
         return JSONResponse(await self._invoice(record))
+
+    async def list_invoices(self, request: Request, body: Any) -> Response:
+        """Of this node those that were paid: it indexes them by their settlement."""
+        first, most = int(body["index_offset"]), int(body["num_max_invoices"])
+        since_s = int(body["creation_date_start"])
+        found = [
+            record
+            for record in await self._core.network.received(self._core.wallet)
+            if index_of(record) > first and record.created_at_s >= since_s
+        ][:most]
+        last = index_of(found[-1]) if found else 0
+        listed = [await self._invoice(record) for record in found]
+        return JSONResponse({"invoices": listed, "last_index_offset": str(last)})
+
+    async def list_payments(self, request: Request, body: Any) -> Response:
+        assert body["include_incomplete"] == "true"
+        first, most = int(body["index_offset"]), int(body["max_payments"])
+        since_s = int(body["creation_date_start"])
+        found = [
+            one
+            for one in await self._core.remembered()
+            if one.payment_id > first and one.sent_at_s >= since_s
+        ][:most]
+        last = found[-1].payment_id if found else 0
+        listed = [
+            self._payment(one) | {"creation_time_ns": str(int(one.sent_at_s * 1_000_000_000))}
+            for one in found
+        ]
+        return JSONResponse({"payments": listed, "last_index_offset": str(last)})
 
     async def cancel(self, request: Request, body: Any) -> Response:
         payment_hash = base64.b64decode(body["payment_hash"], validate=True).hex()

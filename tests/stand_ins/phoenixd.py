@@ -184,13 +184,17 @@ class _Phoenixd:
         return Response(status_code=204)
 
     async def list_outgoing(self, request: Request, body: Any) -> Response:
-        paid = await self._core.network.paid_out(self._core.wallet)
         wanted = (
             {"succeeded"} if body.get("all") != "true" else {"succeeded", "in_flight", "failed"}
         )
-        return JSONResponse(
-            [self._outgoing(one) for one in paid if one.state in wanted and not one.forgotten]
-        )
+        found = [
+            one
+            for one in reversed(await self._core.remembered())
+            if one.state in wanted and one.sent_at_s * 1000 >= int(body.get("from", "0"))
+        ]
+        offset = int(body.get("offset", "0"))
+        page = found[offset : offset + int(body.get("limit", "20"))]
+        return JSONResponse([self._outgoing(one) for one in page])
 
     async def websocket(self, websocket: WebSocket) -> None:
         if not _allowed(websocket.headers.get("authorization")):

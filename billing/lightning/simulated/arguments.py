@@ -34,6 +34,8 @@ _ARGUMENTS: dict[str, dict[str, tuple[type, bool]]] = {
         "max_cltv_blocks": (int, True),
     },
     "lookup_payment": {"payment_hash": (str, False)},
+    "list_received": {"since_s": (float, False), "after": (str, True)},
+    "list_sent": {"since_s": (float, False), "after": (int, True)},
     "pay": {"invoice": (str, False)},
     "fund": {"amount_msat": (int, False)},
     "resolve": {"settle": (bool, False)},

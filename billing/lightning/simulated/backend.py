@@ -17,9 +17,10 @@ from billing.lightning import (
     OutcomeUnknown,
     PaymentState,
     PaymentStatus,
+    SentPayment,
     Settlement,
 )
-from billing.lightning.simulated.network import NETWORK, Network
+from billing.lightning.simulated.network import NETWORK, PAGE, Network
 from billing.lightning.simulated.transport import NAME, Http, InProcess, Transport
 from billing.lightning.simulated.wallets import ROUTER
 
@@ -123,13 +124,37 @@ class SimulatedBackend:
     async def settlements(self, cursor: str | None) -> AsyncIterator[Settlement]:
         """None, or a cursor of another node, replays everything from the node's beginning."""
         async for values in self._transport.settlements(self._wallet, cursor):
-            answer = _Answer("settlements", values)
-            yield Settlement(
-                payment_hash=answer["payment_hash"],
-                amount_received_msat=answer["amount_received_msat"],
-                settled_at=_time(answer["settled_at_s"]),
-                cursor=answer["cursor"],
-            )
+            yield _settlement(_Answer("settlements", values))
+
+    async def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
+        after: str | None = None
+        while True:
+            asked = {"since_s": since.timestamp(), "after": after}
+            page = (await self._call("list_received", asked))["received"]
+            for values in page:
+                settlement = _settlement(_Answer("list_received", values))
+                after = settlement.cursor
+                yield settlement
+            if len(page) < PAGE:
+                return
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[SentPayment]:
+        after = 0
+        while True:
+            asked = {"since_s": since.timestamp(), "after": after}
+            page = (await self._call("list_sent", asked))["sent"]
+            for values in page:
+                answer = _Answer("list_sent", values)
+                after = answer["payment_id"]
+                yield SentPayment(
+                    payment_hash=answer["payment_hash"],
+                    state=_PAYMENT_STATES.get(answer["state"], PaymentState.UNKNOWN),
+                    amount_msat=answer["amount_msat"],
+                    fee_msat=answer["fee_msat"],
+                    sent_at=_time(answer["sent_at_s"]),
+                )
+            if len(page) < PAGE:
+                return
 
     async def worst_case_fee_msat(self, amount_msat: int) -> int | None:
         return None
@@ -206,6 +231,15 @@ def _payment_status(payment_hash: str, answer: _Answer) -> PaymentStatus:
         preimage=preimage,
         amount_msat=answer["amount_msat"],
         fee_msat=answer["fee_msat"],
+    )
+
+
+def _settlement(answer: _Answer) -> Settlement:
+    return Settlement(
+        payment_hash=answer["payment_hash"],
+        amount_received_msat=answer["amount_received_msat"],
+        settled_at=_time(answer["settled_at_s"]),
+        cursor=answer["cursor"],
     )
 
 

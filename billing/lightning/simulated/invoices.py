@@ -238,13 +238,21 @@ def index_of(transaction: Transaction, wallet: str, cursor: str | None) -> int:
 
 
 def settled_after(
-    transaction: Transaction, wallet: str, settle_index: int, *, now_s: float, limit: int = 100
+    transaction: Transaction,
+    wallet: str,
+    settle_index: int,
+    *,
+    now_s: float,
+    limit: int = 100,
+    since_s: float = 0.0,
 ) -> list[InvoiceRecord]:
-    """Settlements in order, strictly after an index."""
+    """Settlements in order, strictly after an index, and not from before `since_s`."""
     rows = transaction.rows(
-        _SELECT + "WHERE wallet = ? AND settle_index > ? ORDER BY settle_index LIMIT ?",
+        _SELECT + "WHERE wallet = ? AND settle_index > ? AND settled_at_s >= ?"
+        " ORDER BY settle_index LIMIT ?",
         wallet,
         settle_index,
+        since_s,
         limit,
     )
     return [_record(row, now_s) for row in rows]

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 DATABASE_NAME = "simulated-lightning.sqlite3"
 NETWORK = "regtest"
+PAGE = 200
 _SCHEMA = wallets.WALLET_SCHEMA + invoices.INVOICE_SCHEMA + payments.PAYMENT_SCHEMA
 _SCHEMA += faults.FAULT_SCHEMA
 
@@ -204,6 +205,24 @@ class Network:
             if not found:
                 await more.wait()
 
+    async def list_received(
+        self, wallet: str, *, since_s: float, after: str | None = None
+    ) -> list[InvoiceRecord]:
+        """A page of what the wallet was paid since then, after the one with that cursor."""
+        return await self._call(
+            wallet, "list_received", self._settled_after(wallet, after, limit=PAGE, since_s=since_s)
+        )
+
+    async def list_sent(
+        self, wallet: str, *, since_s: float, after: int = 0
+    ) -> list[PaymentRecord]:
+        """A page of what left since then, after the one with that id, as the node lists it."""
+
+        def act(transaction: Transaction) -> list[PaymentRecord]:
+            return payments.listed_after(transaction, wallet, after, since_s=since_s, limit=PAGE)
+
+        return await self._call(wallet, "list_sent", act)
+
     # What only the people who run the network do.
 
     async def ensure_wallet(self, name: str) -> None:
@@ -259,12 +278,12 @@ class Network:
         await self._store.run(lambda tx: payments.run_due(tx, self._clock()))
 
     def _settled_after(
-        self, wallet: str, cursor: str | None, limit: int = 100
+        self, wallet: str, cursor: str | None, limit: int = 100, since_s: float = 0.0
     ) -> Callable[[Transaction], list[InvoiceRecord]]:
         def act(transaction: Transaction) -> list[InvoiceRecord]:
             index = invoices.index_of(transaction, wallet, cursor)
             return invoices.settled_after(
-                transaction, wallet, index, now_s=self._clock(), limit=limit
+                transaction, wallet, index, now_s=self._clock(), limit=limit, since_s=since_s
             )
 
         return act

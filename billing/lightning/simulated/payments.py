@@ -222,6 +222,21 @@ def history(transaction: Transaction, wallet: str, *, limit: int) -> list[Paymen
     return [_record(row) for row in rows]
 
 
+def listed_after(
+    transaction: Transaction, wallet: str, payment_id: int, *, since_s: float, limit: int
+) -> list[PaymentRecord]:
+    """What the node's own list says, in order: not what failed, nor what it has forgotten."""
+    rows = transaction.rows(
+        "SELECT * FROM payment WHERE wallet = ? AND id > ? AND sent_at_s >= ?"
+        " AND state <> 'failed' AND NOT forgotten ORDER BY id LIMIT ?",
+        wallet,
+        payment_id,
+        since_s,
+        limit,
+    )
+    return [_record(row) for row in rows]
+
+
 def left_msat(transaction: Transaction, wallet: str, payment_hash: str) -> int:
     """What has left the wallet for good for that hash, without fees, forgotten or not."""
     row = transaction.row(

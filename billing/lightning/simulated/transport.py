@@ -77,6 +77,12 @@ async def perform(
         case "lookup_payment":
             payment = await network.lookup_payment(wallet, **arguments)
             return {"state": "not_found"} if payment is None else asdict(payment)
+        case "list_received":
+            received = await network.list_received(wallet, **arguments)
+            return {"received": [asdict(record) for record in received]}
+        case "list_sent":
+            sent = await network.list_sent(wallet, **arguments)
+            return {"sent": [asdict(payment) for payment in sent]}
         case _:
             raise Refused("unsupported", "the simulated network has no such operation")
 
