@@ -52,6 +52,7 @@ from router.attempts import Attempts
 from router.core import Core
 from router.database import BatchingWriter, Database, DatabaseUnavailable, migrate, patiently
 from router.dispatcher import Dispatcher
+from router.door_ids import DoorIds
 from router.embedded_postgres import EmbeddedPostgres
 from router.job_stream import StreamHub
 from router.jobs import Jobs
@@ -283,6 +284,10 @@ def _join(
             on_planned=payouts.wake,
         ),
         keys=KeyRing(database),
+        door_ids=DoorIds(
+            database,
+            secret=hmac.new(secrets.current, b"door-ids", hashlib.sha256).digest(),
+        ),
         limiter=RateLimits(settings),
         fleet=fleet,
         models=models,

@@ -289,13 +289,10 @@ class Attempts:
 
     async def give_back(self, claimed: Claimed, outcome: str, blame: str, error: str) -> None:
         """Let a job wait again whose attempt came to nothing; it keeps its place."""
-        lane = self._models.lane(
-            Kind(claimed.kind),
-            claimed.model,
-            prompt_tokens=claimed.prompt_tokens,
-            max_tokens=claimed.max_tokens,
+        lane, *more = self._models.lanes_of(claimed)
+        back = GiveBack(
+            claimed.job_id, claimed.attempt, lane, outcome, blame, error, more_lanes=tuple(more)
         )
-        back = GiveBack(claimed.job_id, claimed.attempt, lane, outcome, blame, error)
         if await self._certainly("give_back", back):
             stream = self._hub.get(claimed.job_id)
             if stream is not None and stream.outcome is None:

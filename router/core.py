@@ -15,6 +15,7 @@ from billing.withdrawals import Withdrawals
 from router.attempts import Attempts
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
+from router.door_ids import DoorIds
 from router.jobs import Jobs
 from router.key_ring import KeyRing
 from router.maintenance import Maintenance
@@ -50,6 +51,7 @@ class Core:
     payouts: PayoutRunner
     withdrawals: Withdrawals
     keys: KeyRing
+    door_ids: DoorIds
     fleet: Fleet
     models: Models
     market: Market

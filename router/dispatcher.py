@@ -39,13 +39,16 @@ def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate
     """Who gets which job, in the order of the queue. Pure."""
     free = {worker.id: worker.free_slots for worker in fleet.idle()}
     pairs = []
+    given: set[str] = set()  # a job may wait in several lanes
     for candidate in candidates:
+        if candidate.job_id in given:
+            continue
         able = fleet.draining_lane(candidate.lane)
         idle = [w for w in able if free.get(w.id, 0) > 0 and may_take(w, candidate, able)]
         if idle:
-            model = candidate.lane.split("/", 3)[3]
-            best = max(idle, key=lambda worker: worker.merit(model))
+            best = max(idle, key=lambda worker: worker.merit(worker.model_for(candidate.lane)))
             free[best.id] -= 1
+            given.add(candidate.job_id)
             pairs.append((candidate, best))
     return pairs
 
@@ -165,6 +168,7 @@ class Dispatcher:
             self._router_id,
             self._commission_ppm(),
             self._clock() + self._lease,
+            worker.model_for(candidate.lane),
         )
         try:
             claimed: Claimed | None = await self._writer.write("claim", claim)

@@ -10,7 +10,11 @@ from router.job_states import Event, State
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A priced job. `spec` is the JSON of its JobSpec, `rates` of its Rates."""
+    """A priced job. `spec` is the JSON of its JobSpec, `rates` of its Rates.
+
+    A job that any of several models may serve waits in `lane` and in `more_lanes`, and has
+    `choices` (`router.choices`).
+    """
 
     id: str
     index: int
@@ -24,6 +28,12 @@ class NewJob:
     offer_msat: int
     multiplier_milli: int
     lane: str
+    more_lanes: tuple[str, ...] = ()
+    choices: str | None = None
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        return self.lane, *self.more_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +74,14 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
+    """`model`: which one will serve, of a job that has a choice."""
+
     job_id: str
     worker_id: str
     router_id: str
     commission_ppm: int
     lease_ends_at: datetime
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,7 @@ class Claimed:
     commission_ppm: int
     queued_at: datetime
     started_at: datetime
+    choices: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +154,4 @@ class GiveBack:
     outcome: str
     blame: str
     error: str | None = None
+    more_lanes: tuple[str, ...] = ()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from billing import accounts, ledger
 from billing.ledger import Transfer
 from billing.settlement import divide
-from router import job_queue, job_states
+from router import choices, job_queue, job_states
 from router.job_records import (
     Claim,
     Claimed,
@@ -28,15 +29,18 @@ from router.job_states import Event, State
 
 _CLAIM = """
 with given as (
-    select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[])
-        t(job_id, worker_id, router_id, commission_ppm, lease_ends_at)),
+    select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
+        $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
 free as (
     select id from jobs where id = any($1::text[]) and state = any($6::text[])
     for update skip locked),
 claimed as (
     update jobs j set state = $7, attempt = j.attempt + 1, worker_id = g.worker_id,
         router_id = g.router_id, commission_ppm = g.commission_ppm,
-        lease_ends_at = g.lease_ends_at, started_at = now(), first_token_at = null
+        lease_ends_at = g.lease_ends_at, started_at = now(), first_token_at = null,
+        model = case when j.choices is null then j.model else coalesce(g.model, j.model) end,
+        rates = case when j.choices is null then j.rates
+            else coalesce(j.choices::json ->> g.model, j.choices::json ->> '*', j.rates) end
     from given g, free f where j.id = g.job_id and j.id = f.id
     returning j.*),
 gone as (delete from queue q using free f where q.job_id = f.id),
@@ -44,7 +48,8 @@ tried as (
     insert into attempts (job_id, n, worker_id, router_id)
     select id, attempt, worker_id, router_id from claimed)
 select id as job_id, attempt, worker_id, quote_id, account_id, kind, model, spec, rates,
-    prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at
+    prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at,
+    choices
 from claimed"""
 
 
@@ -118,9 +123,18 @@ async def _claim_round(connection: Any, rows: list[Claim]) -> list[Claimed | Non
         [row.lease_ends_at for row in rows],
         job_states.before(Event.CLAIM),
         job_states.MOVES[Event.CLAIM][1].value,
+        [row.model for row in rows],
     )
-    by_id = {r["job_id"]: Claimed(**r) for r in claimed}
+    by_id = {r["job_id"]: _claimed(r) for r in claimed}
     return [by_id.get(row.job_id) for row in rows]
+
+
+def _claimed(row: Any) -> Claimed:
+    claimed = Claimed(**row)
+    if claimed.choices is None:
+        return claimed
+    # What the worker is sent names the model that it is to use.
+    return replace(claimed, spec=choices.spec_for(claimed.spec, claimed.model))
 
 
 async def end_many(
@@ -254,8 +268,9 @@ async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
         await job_queue.add(
             connection,
             [
-                (r.job_id, r.lane, moved[r.job_id]["multiplier_milli"], moved[r.job_id]["seq"])
+                (r.job_id, lane, moved[r.job_id]["multiplier_milli"], moved[r.job_id]["seq"])
                 for r in back
+                for lane in (r.lane, *r.more_lanes)
             ],
         )
         await _end_attempts(

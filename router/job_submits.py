@@ -7,6 +7,7 @@ queues the job.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billing import accounts, ledger
@@ -42,16 +43,16 @@ select *, now() from unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5:
 _ADD_JOBS = """
 insert into jobs (id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
     prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s, attached_to,
-    seq, queued_at, wait_ends_at)
+    choices, seq, queued_at, wait_ends_at)
 select t.id, t.quote_id, t.index, t.account_id, t.key_id, t.kind, t.model, t.state, t.spec, t.rates,
     t.prompt_tokens, t.max_tokens, t.base_fee_msat, t.held_msat, t.multiplier_milli, t.max_wait_s,
-    t.attached_to, n.seq, n.queued_at, n.wait_ends_at
+    t.attached_to, t.choices, n.seq, n.queued_at, n.wait_ends_at
 from unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[],
     $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[],
-    $15::bigint[], $16::int[], $17::text[])
+    $15::bigint[], $16::int[], $17::text[], $18::text[])
     with ordinality t(id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
         prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s,
-        attached_to, n)
+        attached_to, choices, n)
 cross join lateral (select
     case when t.state = 'queued' then nextval('queue_seq') end as seq,
     case when t.state = 'queued' then now() end as queued_at,
@@ -220,6 +221,7 @@ async def _queue_new(connection: Any, pairs: list[tuple[Submission, NewJob]], st
             job.multiplier_milli,
             row.quote.max_wait_s,
             row.attached_to,
+            job.choices,
         )
         for row, job in pairs
     ]
@@ -228,7 +230,12 @@ async def _queue_new(connection: Any, pairs: list[tuple[Submission, NewJob]], st
         return
     seqs = {r["id"]: r["seq"] for r in added}
     await job_queue.add(
-        connection, [(job.id, job.lane, job.multiplier_milli, seqs[job.id]) for _, job in pairs]
+        connection,
+        [
+            (job.id, lane, job.multiplier_milli, seqs[job.id])
+            for _, job in pairs
+            for lane in job.lanes
+        ],
     )
     await ledger.post(
         connection, [_hold(row.account_id, job.id, job.offer_msat) for row, job in pairs]
@@ -247,10 +254,12 @@ async def store_awaiting(
     await _queue_new(connection, [(submission, job) for job in quote.jobs], State.AWAITING_PAYMENT)
 
 
-async def start_quote(connection: Any, quote_id: str, *, lanes: dict[str, str]) -> list[str]:
+async def start_quote(
+    connection: Any, quote_id: str, *, lanes: Mapping[str, Sequence[str]]
+) -> list[str]:
     """Queue the awaiting jobs of an open quote, holding the money; returns the jobs' ids.
 
-    `lanes` gives each job its lane. Raises QuoteExpired when the quote is no longer open, and
+    `lanes` gives each job its lanes. Raises QuoteExpired when the quote is no longer open, and
     InsufficientFunds from the ledger; the transaction must then be rolled back.
     """
     opened = await connection.fetchval(
@@ -270,7 +279,12 @@ async def start_quote(connection: Any, quote_id: str, *, lanes: dict[str, str]) 
         job_states.before(Event.PAY),
     )
     await job_queue.add(
-        connection, [(j["id"], lanes[j["id"]], j["multiplier_milli"], j["seq"]) for j in jobs]
+        connection,
+        [
+            (job["id"], lane, job["multiplier_milli"], job["seq"])
+            for job in jobs
+            for lane in lanes[job["id"]]
+        ],
     )
     await ledger.post(connection, [_hold(j["account_id"], j["id"], j["held_msat"]) for j in jobs])
     return [j["id"] for j in jobs]

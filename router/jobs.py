@@ -28,7 +28,6 @@ from router.job_stream import StreamHub
 from router.job_views import Outcome, job_view, outcome_of
 from router.market import Market, Place
 from router.models import Models
-from worker.protocol import Kind
 
 log = logging.getLogger(__name__)
 
@@ -182,15 +181,7 @@ class Jobs:
     async def place(self, row: Any) -> Place:
         """Where a waiting job stands."""
         return await self._market.place_of(
-            self._lane(row), row["multiplier_milli"], row["seq"], row["model"]
-        )
-
-    def _lane(self, job: Any) -> str:
-        return self._models.lane(
-            Kind(job["kind"]),
-            job["model"],
-            prompt_tokens=job["prompt_tokens"],
-            max_tokens=job["max_tokens"],
+            self._models.lanes_of(row), row["multiplier_milli"], row["seq"], row["model"]
         )
 
     async def touch(self, job_id: str, wipe_after_s: int) -> None:

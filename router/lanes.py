@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from worker.protocol import ModelKind, ServedModel
 
+# In the place of a model's name: any model of the kind will do.
+ANY_MODEL = "*"
 # A few coarse classes: each one is a probe of every claim.
 BASE_EDGES = (0, 512, 2048, 8192, 32768, 131072, 1 << 20, 1 << 40)
 
@@ -49,8 +51,9 @@ def lane(edges: Edges, *, kind: ModelKind, model: str, prompt_tokens: int, max_t
 def drained_by(edges: Edges, models: Iterable[ServedModel]) -> list[str]:
     """All lanes of which every job fits a worker that serves `models`."""
     return [
-        _name(served.kind, served.id, context, answer)
+        _name(served.kind, name, context, answer)
         for served in models
+        for name in _names(served)
         for context in edges.context[: bisect_right(edges.context, served.context_length)]
         for answer in _answers_within(edges, context, answer_limit(served))
     ]
@@ -61,6 +64,26 @@ def _answers_within(edges: Edges, context: int, limit: int) -> list[int]:
     # context are one: the class of the context itself, which is no answer edge of its own.
     answers = edges.answer[: bisect_right(edges.answer, limit)]
     return sorted({min(answer, context) for answer in answers})
+
+
+def _names(served: ServedModel) -> tuple[str, ...]:
+    # Only doors of text have clients who do not care which model answers (KC-1, AH-1).
+    return (served.id, ANY_MODEL) if served.kind is ModelKind.TEXT else (served.id,)
+
+
+def model_of(lane: str) -> str:
+    """The model that jobs in this lane want: its name, or ANY_MODEL."""
+    return lane.split("/", 3)[3]
+
+
+def holds(served: ServedModel, lane: str) -> bool:
+    """Whether every job of a lane that any model may serve fits this one."""
+    kind, context, answer, _ = lane.split("/", 3)
+    return (
+        served.kind == kind
+        and int(context) <= served.context_length
+        and int(answer) <= answer_limit(served)
+    )
 
 
 def _name(kind: ModelKind, model: str, context: int, answer: int) -> str:

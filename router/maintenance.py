@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from router import charging, job_queue, job_store, kept_chunks, workers
+from router import charging, door_ids, job_queue, job_store, kept_chunks, workers
 from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
@@ -25,7 +25,7 @@ from router.database import Database, DatabaseUnavailable
 from router.job_records import Claimed, Ending
 from router.job_states import Event, State
 from router.job_stream import StreamHub
-from router.lanes import Edges
+from router.lanes import Edges, model_of
 from router.models import Models
 from router.results import result
 from router.settings import Settings
@@ -284,7 +284,7 @@ class Maintenance:
     async def _waiting_after(self, job_id: str, lane: str) -> Sequence[Any]:
         async with self._database.connection() as connection:
             return await connection.fetch(
-                "select q.job_id, q.lane, j.kind, j.model, j.prompt_tokens, j.max_tokens"
+                "select q.job_id, q.lane, j.kind, j.prompt_tokens, j.max_tokens"
                 " from queue q join jobs j on j.id = q.job_id"
                 " where (q.job_id, q.lane) > ($1, $2) order by q.job_id, q.lane limit $3",
                 job_id,
@@ -296,9 +296,10 @@ class Maintenance:
         moved = 0
         async with self._database.transaction() as connection:
             for row in rows:
+                # A job may wait in lanes of several models: each row stays with its own.
                 lane = self._models.lane(
                     Kind(row["kind"]),
-                    row["model"],
+                    model_of(row["lane"]),
                     prompt_tokens=row["prompt_tokens"],
                     max_tokens=row["max_tokens"],
                 )
@@ -326,6 +327,7 @@ class Maintenance:
                 "delete from idempotency where created_at < $1 and scope not like 'l402:%'",
                 self._clock() - IDEMPOTENCY_KEPT,
             )
+            await door_ids.forget_old(connection, now=self._clock())
 
 
 _CLAIMED = tuple(name for name in Claimed.__dataclass_fields__ if name != "job_id")

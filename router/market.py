@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from billing.fees import ONE_MILLI, format_multiplier
@@ -100,26 +100,29 @@ class Market:
     def queue_length(self) -> int:
         return sum(step.jobs for step in self._steps)
 
-    def place(self, lane: str, multiplier_milli: int, model: str) -> Place:
+    def place(self, lanes: Sequence[str], multiplier_milli: int, model: str) -> Place:
         """Where a new job would stand; equal multipliers are ahead of it."""
-        steps = self._competition([lane])
+        steps = self._competition(lanes)
         ahead = sum(jobs for milli, jobs in steps.items() if milli >= multiplier_milli)
-        return self._place(lane, ahead, steps, model)
+        return self._place(lanes, ahead, steps, model)
 
-    async def place_of(self, lane: str, multiplier_milli: int, seq: int, model: str) -> Place:
+    async def place_of(
+        self, lanes: Sequence[str], multiplier_milli: int, seq: int, model: str
+    ) -> Place:
         """Where a waiting job stands."""
         await self.refresh()
         async with self._database.connection() as connection:
             ahead = await job_queue.ahead(
                 connection,
-                self._models.fleet.competing_lanes(lane),
+                sorted(self._competing(lanes)),
                 multiplier_milli=multiplier_milli,
                 seq=seq,
             )
-        return self._place(lane, ahead, self._competition([lane]), model)
+        return self._place(lanes, ahead, self._competition(lanes), model)
 
-    def _place(self, lane: str, ahead: int, steps: dict[int, int], model: str) -> Place:
-        workers = self._models.fleet.draining_lane(lane)
+    def _place(self, lanes: Sequence[str], ahead: int, steps: dict[int, int], model: str) -> Place:
+        fleet = self._models.fleet
+        workers = list({w.id: w for lane in lanes for w in fleet.draining_lane(lane)}.values())
         return Place(
             position=ahead + 1,
             wait=wait(ahead, workers, model),
@@ -129,12 +132,15 @@ class Market:
 
     def _competition(self, lanes: Iterable[str]) -> dict[int, int]:
         """Jobs by multiplier in all lanes that compete with `lanes`."""
-        competing = {c for lane in lanes for c in self._models.fleet.competing_lanes(lane)}
+        competing = self._competing(lanes)
         counts: dict[int, int] = defaultdict(int)
         for step in self._steps:
             if step.lane in competing:
                 counts[step.multiplier_milli] += step.jobs
         return counts
+
+    def _competing(self, lanes: Iterable[str]) -> set[str]:
+        return {c for lane in lanes for c in self._models.fleet.competing_lanes(lane)}
 
     def model_queue(self, kind: ModelKind, model: str) -> dict:
         """Queue length, price to be next, waits and ladder of one model, for `/info`."""

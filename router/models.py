@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from router import lanes
-from router.errors import BadRequest, NoWorker, PromptTooLong, UnknownModel
-from router.lanes import answer_limit
+from router import choices, lanes
+from router.errors import BadRequest, NoWorker, PromptTooLong, RouterError, UnknownModel
+from router.lanes import ANY_MODEL, answer_limit
 from router.workers import Fleet, Worker
 from worker.protocol import MODEL_KIND, Kind, ModelKind, ServedModel
 
@@ -48,6 +50,20 @@ class Models:
             max_tokens=max_tokens,
         )
 
+    def lanes_of(self, job: Any) -> list[str]:
+        """Where a job waits, from its row or as it was claimed."""
+        read = job.__getitem__ if hasattr(job, "__getitem__") else partial(getattr, job)
+        named = read("choices")
+        return [
+            self.lane(
+                Kind(read("kind")),
+                model,
+                prompt_tokens=read("prompt_tokens"),
+                max_tokens=read("max_tokens"),
+            )
+            for model in (choices.models_of(named) if named else [read("model")])
+        ]
+
     def fit(
         self,
         kind: Kind,
@@ -79,6 +95,47 @@ class Models:
                 max_tokens_limit=longest,
             )
         return max_tokens
+
+    def fit_any(
+        self,
+        kind: Kind,
+        models: Sequence[str],
+        *,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        default_max_tokens: int,
+        may_wait: bool,
+    ) -> int:
+        """The same for a job that any of `models` may serve: what all can do that can do it at all.
+
+        Raises what `fit` raises for the first of them, where none can.
+        """
+        named = self.text_models() if ANY_MODEL in models else models
+        fits: list[int] = []
+        refused: list[RouterError] = []
+        for model in named:
+            try:
+                fits.append(
+                    self.fit(
+                        kind,
+                        model,
+                        prompt_tokens=prompt_tokens,
+                        max_tokens=max_tokens,
+                        default_max_tokens=default_max_tokens,
+                        may_wait=may_wait,
+                    )
+                )
+            except RouterError as error:
+                refused.append(error)
+        if fits:
+            return min(fits)
+        # A model that is there but too small says more than one that is not there.
+        refused.sort(key=lambda error: isinstance(error, UnknownModel | NoWorker))
+        raise refused[0] if refused else NoWorker("no worker that serves text is connected")
+
+    def text_models(self) -> list[str]:
+        """All models that were ever served here and take a prompt."""
+        return sorted(model for kind, model in self.known if kind is ModelKind.TEXT)
 
     def _offers(self, kind: Kind, model: str, *, may_wait: bool) -> list[ServedModel]:
         served = MODEL_KIND[kind]

@@ -26,9 +26,16 @@ from billing.fees import ONE_MILLI, Rates
 from billing.invoices import Credit, InvoiceWatcher, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
-from router import job_store, job_submits
+from router import choices, job_store, job_submits
 from router.database import Database
-from router.errors import BadRequest, Conflict, FeeTooHigh, NoSuchQuote, QuoteExpired
+from router.errors import (
+    BadRequest,
+    Conflict,
+    FeeTooHigh,
+    NoSuchQuote,
+    QuoteExpired,
+    RouterError,
+)
 from router.job_records import NewJob, NewQuote
 from router.models import Models
 from router.requests import Item, Request
@@ -106,22 +113,28 @@ class Quotes:
         self.fees = Fees(database)
 
     async def price(
-        self, request: Request, *, budget_msat: int | None = None, may_wait: bool = False
+        self,
+        request: Request,
+        *,
+        budget_msat: int | None = None,
+        may_wait: bool = False,
+        anyhow: bool = False,
     ) -> NewQuote:
         """What a request costs now. Nothing is stored.
 
         `budget_msat`: the payer's balance. It shortens an answer whose length the client left open,
-        as the client's own offer and limit do. Raises BadRequest, UnknownModel, PromptTooLong,
+        as the client's own offer and limit do. `anyhow`: also what no worker can do that was ever
+        seen here, since one may come (AH-4). Raises BadRequest, UnknownModel, PromptTooLong,
         NoWorker, FeeTooHigh.
         """
         schedule = await self.fees.now()
         may_wait = may_wait or request.terms.max_wait_s is not None
-        lengths = [self._length(request, item, may_wait) for item in request.items]
+        lengths = [self._length(request, item, may_wait, anyhow) for item in request.items]
         if request.max_tokens is None:
             lengths = self._within(request, schedule, lengths, budget_msat)
         bases = [
             fees.base_fee_msat(
-                schedule.rates(item.spec.model),
+                self._dearest(schedule, item, length)[1],
                 prompt_tokens=item.prompt_tokens,
                 max_tokens=length,
             )
@@ -150,15 +163,20 @@ class Quotes:
             jobs=jobs,
         )
 
-    def _length(self, request: Request, item: Item, may_wait: bool) -> int:
-        return self._models.fit(
-            request.kind,
-            item.spec.model,
-            prompt_tokens=item.prompt_tokens,
-            max_tokens=request.max_tokens,
-            default_max_tokens=self._settings.default_max_tokens,
-            may_wait=may_wait,
-        )
+    def _length(self, request: Request, item: Item, may_wait: bool, anyhow: bool) -> int:
+        try:
+            return self._models.fit_any(
+                request.kind,
+                item.models,
+                prompt_tokens=item.prompt_tokens,
+                max_tokens=request.max_tokens,
+                default_max_tokens=self._settings.default_max_tokens,
+                may_wait=may_wait,
+            )
+        except RouterError:
+            if not anyhow:
+                raise
+            return request.max_tokens or self._settings.default_max_tokens
 
     def _within(
         self,
@@ -182,7 +200,7 @@ class Quotes:
                 min(
                     length,
                     fees.affordable_max_tokens(
-                        schedule.rates(item.spec.model),
+                        self._dearest(schedule, item, length)[1],
                         prompt_tokens=item.prompt_tokens,
                         budget_msat=each_msat,
                     ),
@@ -222,26 +240,44 @@ class Quotes:
         schedule: FeeSchedule,
     ) -> NewJob:
         item = request.items[index]
-        spec = item.spec.model_copy(update={"max_tokens": max_tokens})
+        model, rates = self._dearest(schedule, item, max_tokens)
+        spec = item.spec.model_copy(update={"max_tokens": max_tokens, "model": model})
+        lane, *more_lanes = [
+            self._models.lane(
+                request.kind, name, prompt_tokens=item.prompt_tokens, max_tokens=max_tokens
+            )
+            for name in item.models
+        ]
         return NewJob(
             id=accounts.new_id(),
             index=index,
             kind=request.kind.value,
             model=spec.model,
             spec=_as_json(spec),
-            rates=_rates_text(schedule.rates(spec.model)),
+            rates=_rates_text(rates),
             prompt_tokens=item.prompt_tokens,
             max_tokens=max_tokens,
             base_fee_msat=base_msat,
             offer_msat=offer_msat,
             multiplier_milli=max(ONE_MILLI, fees.multiplier_milli(offer_msat, base_msat)),
-            lane=self._models.lane(
-                request.kind,
-                spec.model,
-                prompt_tokens=item.prompt_tokens,
-                max_tokens=max_tokens,
-            ),
+            lane=lane,
+            more_lanes=tuple(more_lanes),
+            choices=self._choices(schedule, item),
         )
+
+    def _dearest(self, schedule: FeeSchedule, item: Item, max_tokens: int) -> tuple[str, Rates]:
+        """The model of an item, of several the dearest, with its rates."""
+        if not item.any_of:
+            return item.spec.model, schedule.rates(item.spec.model)
+        rates = choices.rates_of(item.any_of, schedule, known=self._models.text_models())
+        model = choices.dearest(rates, prompt_tokens=item.prompt_tokens, max_tokens=max_tokens)
+        return model, rates[model]
+
+    def _choices(self, schedule: FeeSchedule, item: Item) -> str | None:
+        if not item.any_of:
+            return None
+        known = self._models.text_models()
+        return choices.write(choices.rates_of(item.any_of, schedule, known=known), _rates_text)
 
     async def store(self, quote: NewQuote) -> StoredQuote:
         """Keep a quote until it expires; nothing is owed."""
@@ -413,7 +449,7 @@ class Quotes:
             )
             await job_submits.store_awaiting(connection, stored.quote, account_id, key_id=key_id)
             await job_submits.start_quote(
-                connection, quote_id, lanes={job.id: job.lane for job in stored.quote.jobs}
+                connection, quote_id, lanes={job.id: job.lanes for job in stored.quote.jobs}
             )
 
     async def on_credit(self, connection: Any, credit: Credit) -> list[str]:
@@ -425,18 +461,11 @@ class Quotes:
             await self._mark_late(connection, credit.reference)
             return []
         jobs = await connection.fetch(
-            "select id, kind, model, prompt_tokens, max_tokens from jobs where quote_id = $1",
+            "select id, kind, model, choices, prompt_tokens, max_tokens from jobs"
+            " where quote_id = $1",
             credit.reference,
         )
-        lanes = {
-            job["id"]: self._models.lane(
-                Kind(job["kind"]),
-                job["model"],
-                prompt_tokens=job["prompt_tokens"],
-                max_tokens=job["max_tokens"],
-            )
-            for job in jobs
-        }
+        lanes = {job["id"]: self._models.lanes_of(job) for job in jobs}
         try:
             return await job_submits.start_quote(connection, credit.reference, lanes=lanes)
         except QuoteExpired:

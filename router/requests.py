@@ -34,10 +34,18 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One job that is asked for. `spec.max_tokens` is 0 where the client did not say."""
+    """One job that is asked for. `spec.max_tokens` is 0 where the client did not say.
+
+    `any_of`: the models of which any may serve it, `*` for all; empty: that of the spec.
+    """
 
     spec: JobSpec
     prompt_tokens: int
+    any_of: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.any_of or (self.spec.model,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         for spec in specs
     ]
     items = tuple(
-        Item(_for_copy(spec, model, copy), tokens)
+        Item(for_copy(spec, model, copy), tokens)
         for model in models
         for spec, tokens in zip(specs, counts, strict=True)
         for copy in range(count)
@@ -351,7 +359,7 @@ def _stops(body: Mapping[str, Any]) -> list[str]:
     return stops
 
 
-def _for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
+def for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
     """The spec for one of n answers: with a seed, each answer gets its own."""
     changed: dict[str, Any] = {"model": model}
     if copy and not isinstance(spec, EmbeddingSpec) and spec.sampling.seed is not None:

@@ -9,6 +9,7 @@
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
     receipt_keys  the public keys of all routers that ever signed receipts here
+    door_ids   what opens a job at a door where clients ask again and again
 
 Texts of strangers (requests, answers) live in `quotes.request`, `jobs.spec`, `jobs.result` and
 `job_chunks` only: these are what gets wiped.
@@ -70,6 +71,9 @@ class QuoteRow(SQLModel, table=True):
 class JobRow(SQLModel, table=True):
     """`spec` and `result` are JSON texts, null once wiped. `rates` are those of the quote.
 
+    `choices`: for a job that any of several models may serve, the rates of each as JSON
+    (`router.choices`); `model` and `rates` are then those of the model that serves it, or served it
+    last, and of the dearest before.
     `attached_to`: the router that holds the connection of a client who takes the job along when it
     goes; when that router dies, so does the connection.
     """
@@ -104,6 +108,7 @@ class JobRow(SQLModel, table=True):
     attempt: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     spec: str | None = Field(default=None, sa_column=Column(Text))
     rates: str = Field(sa_column=Column(Text, nullable=False))
+    choices: str | None = Field(default=None, sa_column=Column(Text))
     prompt_tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
     max_tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
     base_fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -227,6 +232,18 @@ class ReceiptKeyRow(SQLModel, table=True):
     __tablename__ = "receipt_keys"
     kid: str = Field(sa_column=Column(Text, primary_key=True))
     public_key: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+
+
+class DoorId(SQLModel, table=True):
+    """An id that a polling door handed out, by its hash: it opens the jobs of a quote, or one."""
+
+    __tablename__ = "door_ids"
+    __table_args__ = (Index("door_ids_created", "created_at"),)
+    id_hash: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
+    door: str = Field(sa_column=Column(Text, nullable=False))
+    quote_id: str = Field(sa_column=Column(Text, nullable=False))
+    job_index: int | None = Field(default=None, sa_column=Column(Integer))
     created_at: datetime = Field(sa_column=_now())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from billing.accounts import new_id
-from router.lanes import BASE_EDGES, Edges, answer_limit, drained_by
+from router.lanes import ANY_MODEL, BASE_EDGES, Edges, answer_limit, drained_by, holds, model_of
 from worker.protocol import ModelKind, ServedModel
 
 # Weight of the newest observation in moving averages of speed, duration and reliability.
@@ -60,6 +60,14 @@ class Worker:
 
     def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
         return next((m for m in self.models if m.id == model and m.kind == kind), None)
+
+    def model_for(self, lane: str) -> str:
+        """Which of its models serves a job of this lane: the fastest, where any will do."""
+        wanted = model_of(lane)
+        if wanted != ANY_MODEL:
+            return wanted
+        fit = [served.id for served in self.models if holds(served, lane)]
+        return max(fit, key=lambda model: self.speeds.get(model, UNKNOWN_SPEED), default=wanted)
 
     def merit(self, model: str) -> float:
         """How soon and how surely it will answer: speed times reliability, less what it is doing."""

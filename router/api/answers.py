@@ -63,9 +63,9 @@ def noted(error: Exception, request: Request) -> Problem:
         return Problem("bad_request", "the connection ended before the body did", {})
     problem = problem_of(error)
     if problem.code == "internal_error":
-        log.error(
-            "a request failed method=%s path=%s", request.method, request.url.path, exc_info=error
-        )
+        # The path of the route: in a real one there may be an id that opens a job.
+        path = getattr(request.scope.get("route"), "path", None) or request.url.path
+        log.error("a request failed method=%s path=%s", request.method, path, exc_info=error)
     return problem
 
 

@@ -207,7 +207,7 @@ async def get_job(request: Request, job_id: str) -> Response:
     core = core_of(request)
     try:
         row = await open_job(core, request, job_id)
-        await core.jobs.touch(job_id, core.settings.wipe_after_s)
+        await core.jobs.touch(row["id"], core.settings.wipe_after_s)
         return answer(await core.jobs.view(row))
     except Exception as error:
         return _refused(error, request)
@@ -221,9 +221,9 @@ async def follow_job(request: Request, job_id: str) -> Response:
         row = await open_job(core, request, job_id)
         ended = outcome_of(row)
         if ended is not None and ended.wiped:
-            raise JobWiped("the answer has been deleted", job=job_id)
+            raise JobWiped("the answer has been deleted", job=row["id"])
         after = _last_seq(request.headers.get("last-event-id"))
-        return sse.EventStream(_events(core, job_id, after))
+        return sse.EventStream(_events(core, row["id"], after))
     except Exception as error:
         return _refused(error, request)
 
@@ -261,7 +261,7 @@ async def bump(request: Request, job_id: str) -> Response:
         offer_msat, multiplier = _bump_terms(core, body)
         try:
             return answer(
-                await core.jobs.bump(job_id, offer_msat=offer_msat, multiplier=multiplier)
+                await core.jobs.bump(row["id"], offer_msat=offer_msat, multiplier=multiplier)
             )
         except NotEnoughBalance as error:
             return await _bump_invoice(core, request, row, error)
@@ -301,9 +301,9 @@ async def cancel(request: Request, job_id: str) -> Response:
     """Cancel a job: free while it waits, settled as it stands while it runs."""
     core = core_of(request)
     try:
-        await open_job(core, request, job_id)
-        await core.jobs.cancel(job_id)
-        return answer(await core.jobs.view(await core.jobs.row(job_id)))
+        row = await open_job(core, request, job_id)
+        await core.jobs.cancel(row["id"])
+        return answer(await core.jobs.view(await core.jobs.row(row["id"])))
     except Exception as error:
         return _refused(error, request)
 

@@ -1,6 +1,7 @@
 """Who pays: a prepaid key, a paid L402 credential, a claim token; or a 402 challenge.
 
 Authorization: Bearer sk-…            the key's account (any scheme word, QB-R2)
+apikey: …                             the same at the Kobold and Horde doors, also without `sk-`
 Authorization: L402 token:preimage    the account of the invoice, once it is settled
 X-Claim-Token: …                      the same, for wallets that hide preimages
 """
@@ -20,6 +21,9 @@ from billing.invoices import IssuedInvoice, Purpose, State
 from billing.l402_caveats import RequestFacts, write_caveats
 from billing.lightning import BackendError
 from router.core import Core
+
+# What Horde clients send who have no key.
+ANONYMOUS = "0000000000"
 
 _KEY = re.compile(r"(?:\S+\s+)?(sk-[A-Za-z0-9_-]{22})\s*\Z")
 _OWN_CAPABILITY: dict[str, str] = {Purpose.TOPUP: "topup", Purpose.BUMP: "jobs"}
@@ -61,12 +65,19 @@ def facts(core: Core, capability: str, **about: Any) -> RequestFacts:
     return RequestFacts(now_unix_s=int(core.clock().timestamp()), capability=capability, **about)
 
 
-async def identify(core: Core, request: Request, about: RequestFacts) -> Payer | None:
+async def identify(
+    core: Core, request: Request, about: RequestFacts, *, apikey: bool = False
+) -> Payer | None:
     """The payer of a request; None when it brings no credential at all.
 
-    Raises BadCredential. Reasons in `billing.l402.BUY_AGAIN` deserve a 402, the others a 401.
+    `apikey`: the door's clients may bring a key in the header of that name. Raises BadCredential.
+    Reasons in `billing.l402.BUY_AGAIN` deserve a 402, the others a 401.
     """
     values = request.headers.getlist("authorization")
+    if apikey:
+        key = await _by_apikey(core, request)
+        if key is not None:
+            return Payer(key.account_id, key=key)
     for value in values:
         match = _KEY.match(value)
         if match:
@@ -81,6 +92,14 @@ async def identify(core: Core, request: Request, about: RequestFacts) -> Payer |
     if any(value.strip() for value in values):
         raise BadCredential("unknown")
     return None
+
+
+async def _by_apikey(core: Core, request: Request) -> Key | None:
+    """The key in `apikey`, with or without `sk-` (RC-1); None for none. Raises BadCredential."""
+    presented = request.headers.get("apikey", "").strip()
+    if presented in ("", ANONYMOUS):
+        return None
+    return await core.keys.find(presented)
 
 
 def _within_purpose(payer: Payer, about: RequestFacts) -> Payer:

@@ -43,6 +43,21 @@ class PaymentRequired(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Style:
+    """What differs between doors in how they sell.
+
+    `apikey`: clients may bring a key in that header. `polls`: they come back for the answer, so that
+    a job goes on without them, and from a prepaid key one is taken that no worker can do yet (AH-4).
+    """
+
+    apikey: bool = False
+    polls: bool = False
+
+
+AT_ONCE = Style()
+
+
+@dataclass(frozen=True, slots=True)
 class Purchase:
     """Jobs that were bought. `cancel_when_gone`: a client that goes away takes its jobs with it."""
 
@@ -64,7 +79,9 @@ def parse(core: Core, request: Request, kind: Kind, body: Any) -> requests.Reque
     return requests.parse(kind, body, core.limits, terms)
 
 
-async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchase:
+async def buy(
+    core: Core, request: Request, wanted: requests.Request, style: Style = AT_ONCE
+) -> Purchase:
     """Pay for a request and queue its jobs, or find those it had bought before.
 
     Raises PaymentRequired with a fresh invoice, BadCredential for credentials that paying does not
@@ -73,16 +90,16 @@ async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchas
     about = payment.facts(
         core,
         CAPABILITIES[wanted.kind],
-        models=frozenset(item.spec.model for item in wanted.items),
+        models=frozenset(model for item in wanted.items for model in item.models),
         max_tokens=wanted.max_tokens,
         request_sha256=wanted.request_hash.hex(),
     )
     try:
-        payer = await payment.identify(core, request, about)
+        payer = await payment.identify(core, request, about, apikey=style.apikey)
     except BadCredential as error:
         if error.reason not in BUY_AGAIN or request.headers.get("x-claim-token"):
             raise
-        if _brings_key(request):
+        if _brings_key(request, style):
             raise
         payer = None
     if payer is not None:
@@ -92,10 +109,12 @@ async def buy(core: Core, request: Request, wanted: requests.Request) -> Purchas
     await refuse_when_closed(core)
     if payer is None:
         raise await _challenge(core, request, wanted)
-    return await _from_balance(core, request, wanted, payer)
+    return await _from_balance(core, request, wanted, payer, style)
 
 
-def _brings_key(request: Request) -> bool:
+def _brings_key(request: Request, style: Style) -> bool:
+    if style.apikey and request.headers.get("apikey", "") not in ("", payment.ANONYMOUS):
+        return True
     return any("sk-" in value for value in request.headers.getlist("authorization"))
 
 
@@ -130,15 +149,15 @@ async def _bought_before(
 
 
 async def _from_balance(
-    core: Core, request: Request, wanted: requests.Request, payer: Payer
+    core: Core, request: Request, wanted: requests.Request, payer: Payer, style: Style
 ) -> Purchase:
     once = _once(request, wanted, payer)
-    gone = _leaves_with_client(request, payer)
+    gone = _leaves_with_client(request, payer) and not style.polls
     budget = None
     if wanted.max_tokens is None and wanted.kind is not Kind.EMBEDDING:
         budget = await _budget_msat(core, payer)
-    # Doors whose dialect waits are given time by their own defaults: a prepaid job may wait.
-    quote = await core.quotes.price(wanted, budget_msat=budget)
+    anyhow = style.polls and payer.key is not None
+    quote = await core.quotes.price(wanted, budget_msat=budget, anyhow=anyhow)
     try:
         submitted = await core.jobs.submit(
             quote,
@@ -226,7 +245,7 @@ def quote_json(core: Core, quote: NewQuote, *, expires_in_s: int) -> dict[str, A
     """A quote as the contract shows it (§2)."""
     first = quote.jobs[0]
     milli = min(job.multiplier_milli for job in quote.jobs)
-    place = core.market.place(first.lane, first.multiplier_milli, first.model)
+    place = core.market.place(first.lanes, first.multiplier_milli, first.model)
     return {
         "quote_id": quote.id,
         "base_fee_msat": quote.base_fee_msat,

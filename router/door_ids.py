@@ -1,0 +1,115 @@
+"""The ids that polling doors hand out (Kobold, AI Horde, GridRepublic): whoever has one may open,
+cancel and raise the jobs that it names.
+
+Clients of these dialects bring nothing but the id, in the path, so the id is the secret: 122 bits or
+more that nobody can compute from a job's own id. The table has its hash, with the quote whose jobs it
+opens (or the one of them that it names). Logs, receipts and metrics carry the job's own id. The same
+purchase has the same id at the same door however often it is asked for, so a client that repeats a
+request after a lost answer finds what it bought.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from billing.accounts import hash_secret
+from router.database import Database
+
+# The texts of a job are wiped long before; its money stays in the books without the id.
+KEPT = timedelta(days=3)
+
+_IDS = re.compile(r"[0-9a-fA-F]{32}\Z|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+
+
+class Door(StrEnum):
+    """Where ids are handed out."""
+
+    KOBOLD = "kobold"
+    HORDE = "horde"
+    GRIDREPUBLIC = "gridrepublic"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What an id opens: all jobs of a quote, or with `job_index` one of them."""
+
+    door: Door
+    quote_id: str
+    job_index: int | None
+
+
+class DoorIds:
+    """Issues ids and finds what they open."""
+
+    def __init__(self, database: Database, *, secret: bytes) -> None:
+        self._database = database
+        self._secret = secret
+
+    async def issue(self, door: Door, quote_id: str, *, indexes: Sequence[int | None]) -> list[str]:
+        """An id for each of `indexes` (None: all jobs of the quote), 32 hex digits each.
+
+        Twice is harmless: the ids are the same.
+        """
+        ids = [self._id(door, quote_id, index) for index in indexes]
+        async with self._database.connection() as connection:
+            await connection.execute(
+                "insert into door_ids (id_hash, door, quote_id, job_index)"
+                " select h, $2, $3, i from unnest($1::bytea[], $4::int[]) t(h, i)"
+                " on conflict do nothing",
+                [hash_secret(door_id) for door_id in ids],
+                door.value,
+                quote_id,
+                list(indexes),
+            )
+        return ids
+
+    def _id(self, door: Door, quote_id: str, index: int | None) -> str:
+        text = f"{door}:{quote_id}:{'' if index is None else index}"
+        digest = hmac.new(self._secret, text.encode(), hashlib.sha256).digest()
+        # Spelt as a random UUID (version 4): clients of Kobold and Horde take it for one.
+        return uuid.UUID(bytes=digest[:16], version=4).hex
+
+    async def find(self, presented: str, door: Door | None = None) -> Named | None:
+        """What this id opens (at one door); None for one that was never handed out, or long ago."""
+        if not _IDS.match(presented):
+            return None
+        normal = presented.replace("-", "").lower()
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(
+                "select door, quote_id, job_index from door_ids where id_hash = $1",
+                hash_secret(normal),
+            )
+        if row is None or (door is not None and row["door"] != door):
+            return None
+        return Named(Door(row["door"]), row["quote_id"], row["job_index"])
+
+    async def jobs(self, presented: str, door: Door | None = None) -> list[Any]:
+        """The rows of the jobs that this id opens, in the order of the request; [] for no such id."""
+        named = await self.find(presented, door)
+        if named is None:
+            return []
+        async with self._database.connection() as connection:
+            return await connection.fetch(
+                "select * from jobs where quote_id = $1 and ($2::int is null or index = $2)"
+                " order by index",
+                named.quote_id,
+                named.job_index,
+            )
+
+
+def as_uuid(door_id: str) -> str:
+    """An id as text with dashes, which is how Kobold and Horde spell theirs."""
+    return str(uuid.UUID(hex=door_id))
+
+
+async def forget_old(connection: Any, *, now: Any) -> None:
+    """Delete the ids of jobs that ended long ago."""
+    await connection.execute("delete from door_ids where created_at < $1", now - KEPT)
