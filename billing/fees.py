@@ -4,6 +4,8 @@
     multiplier  = offer / base fee, in thousandths                                rounded down
     charge      = (prompt_fee + input x prompt + output x produced) x multiplier  rounded up, <= held
 
+and image_fee for each image asked for in the base fee, for each one delivered in the charge.
+
 Test vectors for every implementation of these rules: tests/vectors/pricing.json.
 """
 
@@ -61,13 +63,15 @@ def charge_msat(
     multiplier_milli: int,
     held_msat: int,
     with_prompt_fee: bool = True,
+    images: int = 0,
 ) -> int:
     """What a job that ran is charged: its use at the rates, times the multiplier, rounded up once.
 
     Never more than `held_msat`, its escrow. `with_prompt_fee` False is for a job whose worker was
-    lost after some output had been shown.
+    lost after some output had been shown. `images` are those delivered.
     """
     use = _micro_msat(rates, prompt_tokens, output_tokens, with_prompt_fee=with_prompt_fee)
+    use += rates.image_fee_msat * images * MTOK
     return min(held_msat, ceil_div(use * multiplier_milli, MTOK * ONE_MILLI))
 
 

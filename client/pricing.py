@@ -49,6 +49,8 @@ def prompt_tokens(
 ) -> int:
     """The tokens that a request's prompt is charged as; `image_prompt_tokens` stands in `/info`."""
     images = sum(1 for part in _parts(request) if _is_image(part))
+    # The picture that is to be edited; in other bodies `image` is a field that nobody knows.
+    images += int(request.get("kind") == "image_edit" and bool(request.get("image")))
     return _ceil_div(counted_bytes(request), BYTES_PER_TOKEN) + images * image_prompt_tokens
 
 
@@ -104,14 +106,16 @@ def charge_msat(
     multiplier_milli: int,
     escrow_msat: int,
     with_prompt_fee: bool = True,
+    images: int = 0,
 ) -> int:
     """What a job that ran is charged: its use, times the multiplier, at most what was held for it.
 
     `with_prompt_fee` is False for a job whose worker was lost after some output had been shown.
+    `images` are those delivered.
     """
     fixed = rates.prompt_fee_msat * MTOK if with_prompt_fee else 0
     use = fixed + rates.input_msat_per_mtok * prompt_tokens
-    use += rates.output_msat_per_mtok * output_tokens
+    use += rates.output_msat_per_mtok * output_tokens + rates.image_fee_msat * images * MTOK
     return min(escrow_msat, _ceil_div(use * multiplier_milli, MTOK * ONE_MILLI))
 
 

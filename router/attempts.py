@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -33,7 +33,7 @@ from router.market import Market
 from router.models import Models
 from router.tally import Tally
 from router.workers import Worker
-from worker.protocol import FinishReason, Kind, Usage
+from worker.protocol import FinishReason, Kind, Picture, Usage
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,13 @@ class RunningAttempt:
     first_token_at: datetime | None = None
     settled: bool = False
 
-    def delivered(self, usage: Usage | None = None) -> Delivered:
+    def delivered(self, usage: Usage | None = None, *, images: int = 0) -> Delivered:
         """What has reached the router, with the worker's counts where it gave any."""
+        bytes_here = self.stream.utf8_bytes
         if usage is not None:
-            return Delivered(self.stream.utf8_bytes, usage.completion_tokens, usage.prompt_tokens)
+            return Delivered(bytes_here, usage.completion_tokens, usage.prompt_tokens, images)
         counted = self.counted and self.chunks > 0
-        return Delivered(self.stream.utf8_bytes, self.worker_tokens if counted else None)
+        return Delivered(bytes_here, self.worker_tokens if counted else None, images=images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +143,12 @@ class Attempts:
         reason: FinishReason,
         usage: Usage | None,
         data: list[list[float]] | None,
+        images: Sequence[Picture] = (),
     ) -> None:
         """The worker is done; the job's ending is written in the background."""
         if not running.settled:
             running.settled = True
-            self._background(self._finish(running, reason, usage, data))
+            self._background(self._finish(running, reason, usage, data, images))
 
     def fail(
         self, running: RunningAttempt, *, outcome: str, blame: str, error: str, retry: bool = True
@@ -183,10 +185,11 @@ class Attempts:
         reason: FinishReason,
         usage: Usage | None,
         data: list[list[float]] | None,
+        images: Sequence[Picture],
     ) -> None:
-        delivered = running.delivered(usage)
+        delivered = running.delivered(usage, images=len(images))
         charged = charging.charge(running.claimed, delivered, with_prompt_fee=True)
-        answer = self._answer(running, reason.value, delivered, charged, data)
+        answer = self._answer(running, reason.value, delivered, charged, data, images)
         await self._end_running(running, Event.FINISH, reason.value, charged, answer, "succeeded")
         running.worker.succeeded(
             running.claimed.model,
@@ -233,6 +236,7 @@ class Attempts:
         delivered: Delivered,
         charged: Charge,
         data: list[list[float]] | None,
+        images: Sequence[Picture] = (),
     ) -> Answer:
         claimed = running.claimed
         usage = charging.usage(claimed, delivered, charged)
@@ -244,6 +248,7 @@ class Attempts:
             text=running.stream.text(),
             deltas=running.stream.all_deltas(),
             data=data,
+            images=[_shown_as_asked(claimed, picture) for picture in images],
             finish_reason=finish_reason,
             usage=usage,
         )
@@ -382,6 +387,24 @@ class Attempts:
     def _forget(self, running: RunningAttempt) -> None:
         if self.running.get(running.claimed.job_id) is running:
             del self.running[running.claimed.job_id]
+
+
+def _shown_as_asked(claimed: Claimed, picture: Picture) -> dict[str, Any]:
+    """A picture with the URL that was asked for: nothing is kept here for anybody to fetch, so one
+    that came as data goes out as a data URL."""
+    shown = picture.model_dump()
+    if orjson.loads(claimed.spec).get("response_format") == "url":
+        shown["url"] = picture.url or f"data:{_media_type(picture)};base64,{picture.b64_json}"
+        shown["b64_json"] = None
+    return shown
+
+
+def _media_type(picture: Picture) -> str:
+    # The first bytes of the three formats that engines write, in base64.
+    head = picture.b64_json or ""
+    if head.startswith("/9j/"):
+        return "image/jpeg"
+    return "image/webp" if head.startswith("UklGR") else "image/png"
 
 
 def _outcome(

@@ -1,6 +1,6 @@
 """What a job that has ended is charged, and what its `usage` says. Pure.
 
-ended by itself, or cancelled while running    prompt fee + input + output
+ended by itself, or cancelled while running    prompt fee + input + output (tokens, or a picture)
 lost after some output was shown               input + the output delivered
 anything else                                  nothing
 """
@@ -19,11 +19,12 @@ from router.job_records import Claimed
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What reached the router: UTF-8 bytes of text, and the worker's counts if it gave any."""
+    """What reached the router: UTF-8 bytes of text, pictures, the worker's counts if it gave any."""
 
     utf8_bytes: int
     worker_tokens: int | None
     worker_prompt_tokens: int | None = None
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def charge(job: Claimed, delivered: Delivered, *, with_prompt_fee: bool) -> Char
         multiplier_milli=job.multiplier_milli,
         held_msat=job.held_msat,
         with_prompt_fee=with_prompt_fee,
+        images=delivered.images,
     )
     return Charge(charge_msat, output_tokens)
 

@@ -11,7 +11,7 @@ from router import choices, lanes
 from router.errors import BadRequest, NoWorker, PromptTooLong, RouterError, UnknownModel
 from router.lanes import ANY_MODEL, answer_limit
 from router.workers import Fleet, Worker
-from worker.protocol import MODEL_KIND, Kind, ModelKind, ServedModel
+from worker.protocol import MODEL_KIND, TEXT_KINDS, Kind, ModelKind, ServedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ class Models:
         default_max_tokens: int,
         may_wait: bool,
     ) -> int:
-        """How many tokens a job may produce on some worker of `model`; 0 for embeddings.
+        """How many tokens a job may produce on some worker of `model`; 0 unless it makes text.
 
         `max_tokens` None: the default, less if the context allows less. `may_wait` accepts a model
         that only workers not connected now have served. Raises UnknownModel, NoWorker,
         PromptTooLong, BadRequest (max_tokens over every limit).
         """
         offers = self._offers(kind, model, may_wait=may_wait)
-        if kind is Kind.EMBEDDING:
+        if kind not in TEXT_KINDS:
             _need(offers, prompt_tokens, 0)
             return 0
         _need(offers, prompt_tokens, 1)

@@ -3,7 +3,8 @@
 `ceil(B / 4)`, where B counts the UTF-8 bytes of the text a model reads: string `content` and text
 parts of `messages` (not `role`, `name`, `type`, ids or image URLs), `prompt`, `suffix`, each `input`,
 and the compact JSON of `tools`, `functions`, `tool_calls`, `response_format` schemas and `grammar`;
-a given token id counts 4 bytes; an image counts a fixed number of tokens. Vectors:
+a given token id counts 4 bytes; an image, also one that is to be edited, counts a fixed number of
+tokens. Vectors:
 tests/vectors/pricing.json.
 """
 
@@ -18,7 +19,8 @@ BYTES_PER_TOKEN = 4
 
 def prompt_tokens(request: Mapping[str, Any], *, image_prompt_tokens: int) -> int:
     """Prompt tokens of a request body with OpenAI's field names; unknown fields count nothing."""
-    text_bytes, images = 0, 0
+    # An image job's own picture; in other bodies `image` is a field that nobody knows.
+    text_bytes, images = 0, int(request.get("kind") == "image_edit" and bool(request.get("image")))
     for message in request.get("messages") or ():
         more_bytes, more_images = _message(message)
         text_bytes += more_bytes

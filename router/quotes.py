@@ -40,7 +40,7 @@ from router.job_records import NewJob, NewQuote
 from router.models import Models
 from router.requests import Item, Request
 from router.settings import Settings
-from worker.protocol import JobSpec, Kind
+from worker.protocol import IMAGE_KINDS, TEXT_KINDS, JobSpec
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class Quotes:
                 self._dearest(schedule, item, length)[1],
                 prompt_tokens=item.prompt_tokens,
                 max_tokens=length,
+                images=int(request.kind in IMAGE_KINDS),
             )
             for item, length in zip(request.items, lengths, strict=True)
         ]
@@ -189,7 +190,7 @@ class Quotes:
         terms = request.terms
         bounds = [balance_msat, terms.offer_msat, terms.max_fee_msat]
         budgets = [bound for bound in bounds if bound is not None]
-        if not budgets or request.kind is Kind.EMBEDDING:
+        if not budgets or request.kind not in TEXT_KINDS:
             return lengths
         # One msat of each job is left for the rounding of its offer.
         budget_msat = max(0, min(budgets) - len(lengths)) if terms.multiplier else min(budgets)

@@ -1,8 +1,8 @@
 """From a request body with OpenAI's field names to the jobs it asks for. Pure.
 
-All doors that speak of chat, completions and embeddings bring their bodies here, so that a request is
-checked, counted and hashed in one way. Unknown fields are ignored. BadRequest names the field at
-fault in `param`.
+All doors that speak of chat, completions, embeddings and images bring their bodies here, so that a
+request is checked, counted and hashed in one way. Unknown fields are ignored. BadRequest names the
+field at fault in `param`. What a picture needs is in `router.image_requests`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,20 @@ from pydantic import ValidationError
 
 from billing.msat import parse_decimal
 from router.errors import BadRequest
+from router.image_requests import edit_spec, image_spec
 from router.prompt_tokens import prompt_tokens
-from worker.protocol import ChatSpec, CompletionSpec, EmbeddingSpec, JobSpec, Kind, Sampling
+from router.request_fields import flag, integer
+from worker.protocol import (
+    TEXT_KINDS,
+    ChatSpec,
+    CompletionSpec,
+    EmbeddingSpec,
+    ImageEditSpec,
+    ImageSpec,
+    JobSpec,
+    Kind,
+    Sampling,
+)
 
 MAX_MODELS = 3
 MAX_STOPS = 16
@@ -94,9 +106,9 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     models = _models(body)
     # Embeddings have no `n`: it is a field that they do not know.
     wanted = {} if kind is Kind.EMBEDDING else body
-    count = _integer(wanted, "n", low=1, high=limits.max_n, default=1)
+    count = integer(wanted, "n", low=1, high=limits.max_n, default=1)
     assert count is not None
-    max_tokens = None if kind is Kind.EMBEDDING else _max_tokens(body)
+    max_tokens = _max_tokens(body) if kind in TEXT_KINDS else None
     specs = _SPECS[kind](body, max_tokens or 0)
     if len(models) * len(specs) * count > limits.max_n:
         raise BadRequest(f"a request makes at most {limits.max_n} jobs", param="n")
@@ -119,7 +131,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         max_tokens=max_tokens,
         terms=terms,
         request_hash=request_hash(kind, body),
-        stream=_flag(body, "stream"),
+        stream=flag(body, "stream"),
         include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
         base64_embeddings=kind is Kind.EMBEDDING and _wants_base64(body),
     )
@@ -195,14 +207,14 @@ def _terms(body: Mapping[str, Any], limits: Limits) -> Terms:
                 f"fee_multiplier must lie between 1 and {limits.max_multiplier}",
                 param="fee_multiplier",
             )
-    offer_msat = _integer(body, "offer_msat", low=0, high=10**18)
+    offer_msat = integer(body, "offer_msat", low=0, high=10**18)
     if multiplier is not None and offer_msat is not None:
         raise BadRequest("give fee_multiplier or offer_msat, not both", param="offer_msat")
     return Terms(
         multiplier=multiplier,
         offer_msat=offer_msat,
-        max_fee_msat=_integer(body, "max_fee_msat", low=0, high=10**18),
-        max_wait_s=_integer(body, "max_wait_s", low=1, high=limits.max_wait_s),
+        max_fee_msat=integer(body, "max_fee_msat", low=0, high=10**18),
+        max_wait_s=integer(body, "max_wait_s", low=1, high=limits.max_wait_s),
     )
 
 
@@ -222,7 +234,7 @@ def _models(body: Mapping[str, Any]) -> list[str]:
 def _max_tokens(body: Mapping[str, Any]) -> int | None:
     for name in ("max_completion_tokens", "max_tokens"):
         if body.get(name) is not None:
-            return _integer(body, name, low=1, high=HIGHEST_TOKENS)
+            return integer(body, name, low=1, high=HIGHEST_TOKENS)
     return None
 
 
@@ -275,7 +287,7 @@ def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
     suffix = body.get("suffix")
     if suffix is not None and not isinstance(suffix, str):
         raise BadRequest("suffix must be text", param="suffix")
-    fields = {"suffix": suffix, "echo": _flag(body, "echo")}
+    fields = {"suffix": suffix, "echo": flag(body, "echo")}
     if fields["echo"] and not all(isinstance(p, str) for p in prompts):
         raise BadRequest("echo needs prompts of text: token ids are not read here", param="echo")
     return [
@@ -300,7 +312,21 @@ def _wants_base64(body: Mapping[str, Any]) -> bool:
     return wanted == "base64"
 
 
-_SPECS = {Kind.CHAT: _chat, Kind.COMPLETION: _completion, Kind.EMBEDDING: _embedding}
+def _image(body: Mapping[str, Any], _max_tokens: int) -> list[JobSpec]:
+    return [image_spec(body)]
+
+
+def _image_edit(body: Mapping[str, Any], _max_tokens: int) -> list[JobSpec]:
+    return [edit_spec(body)]
+
+
+_SPECS = {
+    Kind.CHAT: _chat,
+    Kind.COMPLETION: _completion,
+    Kind.EMBEDDING: _embedding,
+    Kind.IMAGE: _image,
+    Kind.IMAGE_EDIT: _image_edit,
+}
 
 
 def _is_tokens(value: list[Any]) -> bool:
@@ -336,7 +362,7 @@ def _build(
             model="",
             max_tokens=max_tokens,
             stop=_stops(body),
-            stream=_flag(body, "stream"),
+            stream=flag(body, "stream"),
             sampling=Sampling.model_validate(sampling, strict=True),
             **fields,
         )
@@ -362,33 +388,19 @@ def _stops(body: Mapping[str, Any]) -> list[str]:
 def for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
     """The spec for one of n answers: with a seed, each answer gets its own."""
     changed: dict[str, Any] = {"model": model}
-    if copy and not isinstance(spec, EmbeddingSpec) and spec.sampling.seed is not None:
-        # Within 64 bits, which is what the protocol carries.
-        seed = spec.sampling.seed + (copy if spec.sampling.seed < 2**62 else -copy)
+    if copy and isinstance(spec, ImageSpec | ImageEditSpec) and spec.seed is not None:
+        changed["seed"] = _seed_of_copy(spec.seed, copy)
+    elif copy and isinstance(spec, ChatSpec | CompletionSpec) and spec.sampling.seed is not None:
+        seed = _seed_of_copy(spec.sampling.seed, copy)
         changed["sampling"] = spec.sampling.model_copy(update={"seed": seed})
     return spec.model_copy(update=changed)
+
+
+def _seed_of_copy(seed: int, copy: int) -> int:
+    # Within 64 bits, which is what the protocol carries.
+    return seed + (copy if seed < 2**62 else -copy)
 
 
 def _extra(body: Mapping[str, Any]) -> dict[str, Any]:
     # Counted by the public rule although no engine of ours reads them from the spec.
     return {name: body[name] for name in ("functions", "grammar") if body.get(name) is not None}
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false", param=name)
-    return bool(value)
-
-
-def _integer(
-    body: Mapping[str, Any], name: str, *, low: int, high: int, default: int | None = None
-) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise BadRequest(f"{name} must be a whole number from {low} to {high}", param=name)
-    return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from worker.protocol import Kind
+from worker.protocol import IMAGE_KINDS, Kind
 
-OBJECTS = {Kind.CHAT: "chat.completion", Kind.COMPLETION: "text_completion", Kind.EMBEDDING: "list"}
+OBJECTS = {Kind.CHAT: "chat.completion", Kind.COMPLETION: "text_completion"}
 _ID_PREFIXES = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-"}
 
 
@@ -27,8 +27,16 @@ def result(
     data: list[list[float]] | None,
     finish_reason: str | None,
     usage: dict[str, Any],
+    images: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """`finish_reason` is OpenAI's, or null for an answer that was cut off."""
+    if kind in IMAGE_KINDS:
+        return {
+            "created": created_s,
+            "model": model,
+            "data": list(images),
+            "usage": image_usage(usage),
+        }
     if kind is Kind.EMBEDDING:
         return {
             "object": "list",
@@ -63,6 +71,16 @@ def result(
         "model": model,
         "choices": [choice],
         "usage": usage,
+    }
+
+
+def image_usage(usage: dict[str, Any]) -> dict[str, Any]:
+    """The `usage` of pictures: OpenAI names the same counts differently there."""
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
+        "satherd": usage["satherd"],
     }
 
 

@@ -207,6 +207,9 @@ class Settings(BaseSettings):
     first_token_timeout_s: float = Field(
         default=180, gt=0, description="How long a worker may take to its first token."
     )
+    image_timeout_s: float = Field(
+        default=600, gt=0, description="How long a worker may take for a picture."
+    )
     stall_timeout_s: float = Field(
         default=60, gt=0, description="How long a worker may pause between two tokens."
     )

@@ -94,6 +94,7 @@ class WorkerGate:
                 connection,
                 self._attempts,
                 lease_s=self._settings.lease_s,
+                image_s=self._settings.image_timeout_s,
                 on_idle=self._idle,
             ),
         )

@@ -19,6 +19,7 @@ from router.attempts import Attempts, RunningAttempt
 from router.job_records import Claimed
 from router.workers import Worker
 from worker.protocol import (
+    IMAGE_KINDS,
     MOST_TOKENS,
     WORKER_FRAME,
     Cancel,
@@ -29,6 +30,8 @@ from worker.protocol import (
     FailureCode,
     Finished,
     FinishReason,
+    Kind,
+    Picture,
     Ready,
 )
 
@@ -73,12 +76,14 @@ class WorkerSession:
         attempts: Attempts,
         *,
         lease_s: int,
+        image_s: float = 600.0,
         on_idle: Callable[[], None],
     ) -> None:
         self.worker = worker
         self._connection = connection
         self._attempts = attempts
         self._lease_s = lease_s
+        self._image_s = image_s
         self._on_idle = on_idle
         self._held: dict[str, RunningAttempt] = {}
         self._stopping: dict[str, float] = {}
@@ -216,17 +221,18 @@ class WorkerSession:
         running = self._release(frame.job_id, frame.attempt)
         if running is None or running.settled:
             return
-        spec_inputs = _inputs(running.claimed)
-        if spec_inputs is not None and not _are_vectors(frame.data, spec_inputs):
-            self._attempts.fail(
-                running, outcome="bad_answer", blame="worker", error="not a vector for each input"
-            )
+        fault = answer_fault(running.claimed, frame.data, frame.images)
+        if fault is not None and frame.finish_reason is not FinishReason.CANCELLED:
+            self._attempts.fail(running, outcome="bad_answer", blame="worker", error=fault)
         elif frame.finish_reason is FinishReason.CANCELLED:
             self._attempts.fail(
                 running, outcome="stopped", blame="worker", error="stopped without being asked"
             )
         else:
-            self._attempts.finish(running, frame.finish_reason, frame.usage, frame.data)
+            pictures = frame.images if running.claimed.kind in IMAGE_KINDS else None
+            self._attempts.finish(
+                running, frame.finish_reason, frame.usage, frame.data, pictures or ()
+            )
 
     def _failed(self, frame: Failed) -> None:
         running = self._release(frame.job_id, frame.attempt)
@@ -255,6 +261,8 @@ class WorkerSession:
         now = time.monotonic()
         for running in list(self._held.values()):
             limit = stall_s if running.chunks else first_token_s
+            if running.claimed.kind in IMAGE_KINDS:
+                limit = self._image_s
             if not running.settled and now - running.progress_at > limit:
                 self._fail(running, "stalled", f"nothing for {limit:.0f} s")
         if any(now - since > STOP_GRACE_S for since in self._stopping.values()):
@@ -307,9 +315,20 @@ def _items(raw: dict[str, Any]) -> list[tuple[str, int, int, str, int | None]]:
     return items
 
 
-def _inputs(claimed: Claimed) -> int | None:
-    """How many vectors an embedding job must bring; None for other kinds."""
-    return len(orjson.loads(claimed.spec)["input"]) if claimed.kind == "embedding" else None
+def answer_fault(
+    claimed: Claimed, data: list[list[float]] | None, images: list[Picture] | None
+) -> str | None:
+    """What is missing from an answer that is not text; None when nothing is."""
+    if claimed.kind == Kind.EMBEDDING:
+        inputs = len(orjson.loads(claimed.spec)["input"])
+        return None if _are_vectors(data, inputs) else "not a vector for each input"
+    if claimed.kind in IMAGE_KINDS:
+        if not images:
+            return "no picture"
+        wanted = orjson.loads(claimed.spec).get("response_format")
+        if wanted == "b64_json" and images[0].b64_json is None:
+            return "where the picture lies, in place of the picture"
+    return None
 
 
 def _are_vectors(data: list[list[float]] | None, count: int) -> bool:

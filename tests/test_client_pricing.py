@@ -77,6 +77,7 @@ def test_charges_are_rounded_once_and_stay_within_the_escrow(vector):
         multiplier_milli=vector["multiplier_milli"],
         escrow_msat=vector["escrow_msat"],
         with_prompt_fee=vector["with_prompt_fee"],
+        images=vector.get("images", 0),
     )
     assert got == vector["charge_msat"]
 

@@ -75,6 +75,7 @@ def test_charges_never_exceed_the_escrow(vector: dict):
         multiplier_milli=vector["multiplier_milli"],
         held_msat=vector["escrow_msat"],
         with_prompt_fee=vector.get("with_prompt_fee", True),
+        images=vector.get("images", 0),
     )
     assert got == vector["charge_msat"]
 

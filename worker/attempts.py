@@ -81,6 +81,7 @@ class Attempt:
                     finish_reason=done.finish_reason,
                     usage=done.usage,
                     data=done.data,
+                    images=done.images,
                 )
             )
 

@@ -19,7 +19,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 PROTOCOL = "satherd/1"
 
@@ -30,6 +38,8 @@ class Kind(StrEnum):
     CHAT = "chat"
     COMPLETION = "completion"
     EMBEDDING = "embedding"
+    IMAGE = "image"
+    IMAGE_EDIT = "image_edit"
 
 
 class ModelKind(StrEnum):
@@ -37,13 +47,20 @@ class ModelKind(StrEnum):
 
     TEXT = "text"
     EMBEDDING = "embedding"
+    IMAGE = "image"
+    IMAGE_EDIT = "image_edit"
 
 
 MODEL_KIND: dict[Kind, ModelKind] = {
     Kind.CHAT: ModelKind.TEXT,
     Kind.COMPLETION: ModelKind.TEXT,
     Kind.EMBEDDING: ModelKind.EMBEDDING,
+    Kind.IMAGE: ModelKind.IMAGE,
+    Kind.IMAGE_EDIT: ModelKind.IMAGE_EDIT,
 }
+# Only these say something token by token, and are charged by it.
+TEXT_KINDS = frozenset({Kind.CHAT, Kind.COMPLETION})
+IMAGE_KINDS = frozenset({Kind.IMAGE, Kind.IMAGE_EDIT})
 
 
 class Sampling(BaseModel):
@@ -107,7 +124,55 @@ class EmbeddingSpec(BaseModel):
     stream: bool = False
 
 
-JobSpec = Annotated[ChatSpec | CompletionSpec | EmbeddingSpec, Field(discriminator="kind")]
+class ImageSpec(BaseModel):
+    """One picture of `prompt`, so many pixels wide and high.
+
+    `response_format`: `b64_json` must bring the picture itself, `url` may bring where it lies, None
+    leaves it to the worker. `steps` None: the engine's own number.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Literal[Kind.IMAGE] = Kind.IMAGE
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+    width: int
+    height: int
+    steps: int | None = None
+    seed: int | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    max_tokens: int = 0
+    stream: bool = False
+
+
+class ImageEditSpec(BaseModel):
+    """`image` changed as `prompt` says; `image` and `mask` are an https or a data URL.
+
+    `width` and `height` None: as the given picture.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: Literal[Kind.IMAGE_EDIT] = Kind.IMAGE_EDIT
+    model: str
+    prompt: str
+    image: str
+    mask: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    max_tokens: int = 0
+    stream: bool = False
+
+
+JobSpec = Annotated[
+    ChatSpec | CompletionSpec | EmbeddingSpec | ImageSpec | ImageEditSpec,
+    Field(discriminator="kind"),
+]
 JOB_SPEC: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 
 
@@ -214,6 +279,8 @@ ROUTER_FRAME: TypeAdapter[RouterFrame] = TypeAdapter(RouterFrame)
 
 # More than any answer has; it keeps what a worker says within the columns of a database.
 MOST_TOKENS = 1_000_000_000
+# A picture in base64; a frame of the socket, which is no larger than 64 MiB, must hold it.
+MOST_IMAGE_CHARACTERS = 32 << 20
 
 
 class Usage(BaseModel):
@@ -308,8 +375,35 @@ class Chunks(BaseModel):
     items: list[tuple[str, int, int, str, int | None]]
 
 
+class Picture(BaseModel):
+    """A picture in base64, or the http(s) URL where it lies."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    b64_json: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MOST_IMAGE_CHARACTERS,
+        pattern=r"\A[A-Za-z0-9+/]+={0,2}\z",
+        repr=False,
+    )
+    url: str | None = Field(
+        default=None, max_length=4000, pattern=r"\Ahttps?://[\x21-\x7e]+\z", repr=False
+    )
+    revised_prompt: str | None = Field(default=None, max_length=32_000, repr=False)
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Picture:
+        if self.b64_json is None and self.url is None:
+            raise ValueError("a picture needs b64_json or url")
+        return self
+
+
 class Finished(BaseModel):
-    """The attempt has ended. `usage` None: the engine gave no counts. `data`: embeddings."""
+    """The attempt has ended. `usage` None: the engine gave no counts.
+
+    `data`: the vectors of an embedding job. `images`: the one picture of an image job.
+    """
 
     type: Literal["finished"] = "finished"
     job_id: str
@@ -317,6 +411,7 @@ class Finished(BaseModel):
     finish_reason: FinishReason
     usage: Usage | None = None
     data: list[list[FiniteFloat]] | None = None
+    images: list[Picture] | None = Field(default=None, max_length=1)
 
 
 class Failed(BaseModel):

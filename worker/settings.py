@@ -95,6 +95,14 @@ class WorkerSettings(BaseSettings):
         default=None, description="Where the openai or koboldcpp server listens."
     )
     engine_api_key: SecretStr | None = Field(default=None, description="Its key, if it wants one.")
+    image_models: str | None = Field(
+        default=None,
+        description="openai only: which of its models make pictures, comma separated.",
+    )
+    image_edit_models: str | None = Field(
+        default=None,
+        description="openai only: which of its models change pictures, comma separated.",
+    )
     engine_timeout_s: float = Field(
         default=300, gt=0, description="The longest silence of that server."
     )

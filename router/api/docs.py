@@ -36,6 +36,17 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("post", "/v1/completions"): {"model": "MODEL", "prompt": "Once upon a time", "max_tokens": 64},
     ("post", "/v1/embeddings"): {"model": "MODEL", "input": ["a rabbit", "a hare"]},
+    ("post", "/v1/images/generations"): {
+        "model": "MODEL",
+        "prompt": "a brave rabbit",
+        "size": "1024x1024",
+        "response_format": "b64_json",
+    },
+    ("post", "/v1/images/edits"): {
+        "model": "MODEL",
+        "prompt": "make it night",
+        "image": "https://pictures.example/rabbit.png",
+    },
     ("post", "/balance/topups"): {"amount_msat": 100_000},
     ("post", "/balance/keys"): {"label": "for the chatbot", "limit_msat": 50_000},
     ("post", "/balance/withdrawals"): {"address": "you@wallet.example", "amount_msat": 50_000},

@@ -11,13 +11,14 @@ from router.api import openai_shapes as shapes
 from router.api import purchase
 from router.api.answers import answer, core_of, noted, read_json
 from router.api.errors import Problem
+from router.api.forms import is_form, read_form
 from router.api.openai_stream import AnswerStream
 from router.api.purchase import PaymentRequired, Purchase, payment_body
 from router.api.sse import EventStream
 from router.api.waiting import ClientGone, abandon, outcomes
 from router.core import Core
 from router.errors import BadRequest, NoSuchThing
-from worker.protocol import Kind
+from worker.protocol import TEXT_KINDS, Kind
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -38,6 +39,18 @@ async def completions(request: Request) -> Response:
 async def embeddings(request: Request) -> Response:
     """A vector for each input; as base64 when asked."""
     return await _serve(request, Kind.EMBEDDING)
+
+
+@router.post("/v1/images/generations")
+async def images(request: Request) -> Response:
+    """Pictures of a prompt; `n` of them are as many jobs."""
+    return await _serve(request, Kind.IMAGE)
+
+
+@router.post("/v1/images/edits")
+async def image_edits(request: Request) -> Response:
+    """A picture changed as a prompt says: JSON with a URL or data URL, or OpenAI's multipart form."""
+    return await _serve(request, Kind.IMAGE_EDIT)
 
 
 # By their paths, for `router.api.shortcut`.
@@ -81,12 +94,12 @@ async def _serve(request: Request, kind: Kind) -> Response:
     core = core_of(request)
     try:
         core.limiter.job(request)
-        wanted = purchase.parse(core, request, kind, await read_json(request))
+        wanted = purchase.parse(core, request, kind, await _body(request, kind))
         wanted = requests.with_echo_at_the_door(wanted)
         if kind is Kind.EMBEDDING and len(wanted.items) > 1:
             raise BadRequest("the vectors of one answer come from one model", param="models")
         bought = await purchase.buy(core, request, wanted)
-        if wanted.stream and kind is not Kind.EMBEDDING:
+        if wanted.stream and kind in TEXT_KINDS:
             return await _streamed(core, wanted, bought)
         return await _whole(core, request, wanted, bought)
     except PaymentRequired as due:
@@ -95,6 +108,12 @@ async def _serve(request: Request, kind: Kind) -> Response:
         return Response(status_code=499)
     except Exception as error:
         return error_answer(noted(error, request))
+
+
+async def _body(request: Request, kind: Kind) -> Any:
+    if kind is Kind.IMAGE_EDIT and is_form(request):
+        return await read_form(request)
+    return await read_json(request)
 
 
 def payment_answer(core: Core, due: PaymentRequired) -> Response:

@@ -12,7 +12,8 @@ import orjson
 from router.api.errors import Problem
 from router.job_states import State
 from router.job_views import Outcome, explain
-from worker.protocol import CompletionSpec, JobSpec, Kind
+from router.results import image_usage
+from worker.protocol import IMAGE_KINDS, CompletionSpec, JobSpec, Kind
 
 _TYPES = {
     401: "authentication_error",
@@ -97,6 +98,9 @@ def combined(kind: Kind, jobs: Sequence[tuple[str, Outcome]]) -> dict[str, Any]:
     first = dict(good[0][1].result or {})
     if len(jobs) == 1 or kind is Kind.EMBEDDING:
         return first
+    if kind in IMAGE_KINDS:
+        data = [picture for _, outcome in good for picture in (outcome.result or {})["data"]]
+        return {**first, "data": data, "usage": image_usage(total_usage(jobs))}
     choices = []
     for index, outcome in good:
         for choice in (outcome.result or {})["choices"]:

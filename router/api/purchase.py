@@ -23,12 +23,14 @@ from router.job_records import NewJob, NewQuote
 from router.job_views import time_text
 from router.market import ROUGHLY_S
 from router.requests import Terms
-from worker.protocol import Kind
+from worker.protocol import TEXT_KINDS, Kind
 
 CAPABILITIES = {
     Kind.CHAT: "chat",
     Kind.COMPLETION: "completions",
     Kind.EMBEDDING: "embeddings",
+    Kind.IMAGE: "images",
+    Kind.IMAGE_EDIT: "images",
 }
 MAX_IDEMPOTENCY_KEY = 255
 
@@ -154,7 +156,7 @@ async def _from_balance(
     once = _once(request, wanted, payer)
     gone = _leaves_with_client(request, payer) and not style.polls
     budget = None
-    if wanted.max_tokens is None and wanted.kind is not Kind.EMBEDDING:
+    if wanted.max_tokens is None and wanted.kind in TEXT_KINDS:
         budget = await _budget_msat(core, payer)
     anyhow = style.polls and payer.key is not None
     quote = await core.quotes.price(wanted, budget_msat=budget, anyhow=anyhow)
@@ -169,7 +171,7 @@ async def _from_balance(
     except NotEnoughBalance as error:
         if payer.key is None:
             raise await _challenge(core, request, wanted, account_id=payer.account_id) from None
-        raise _with_affordable(error, quote, payer) from None
+        raise _with_affordable(error, wanted.kind, quote, payer) from None
     if submitted.repeated:
         return await _purchase(core, submitted.quote_id, payer, cancel_when_gone=gone)
     return Purchase(quote.id, tuple(job.id for job in quote.jobs), payer, gone)
@@ -218,9 +220,17 @@ async def _challenge(
     return PaymentRequired(quote, payment.offer(core, issued))
 
 
-def _with_affordable(error: NotEnoughBalance, quote: NewQuote, payer: Payer) -> NotEnoughBalance:
+def _with_affordable(
+    error: NotEnoughBalance, kind: Kind, quote: NewQuote, payer: Payer
+) -> NotEnoughBalance:
     """Say how long an answer can be bought with what is there (OR-1)."""
     balance_msat = error.facts["balance_msat"]
+    if kind not in TEXT_KINDS:
+        return NotEnoughBalance(
+            f"{error.message}: the fee is {quote.offer_msat} msat and the balance"
+            f" {balance_msat} msat",
+            **error.facts,
+        )
     left_msat = min(balance_msat, _limit_left_msat(payer.key, balance_msat))
     tokens = max(0, min(_affordable(job, left_msat // len(quote.jobs)) for job in quote.jobs))
     return NotEnoughBalance(

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from worker.errors import EngineStartError
-from worker.protocol import FinishReason, JobSpec, ServedModel, Usage
+from worker.protocol import FinishReason, JobSpec, Picture, ServedModel, Usage
 from worker.settings import EngineName, WorkerSettings
 
 Progress = Callable[[float, str], None]
@@ -33,11 +33,15 @@ ENGINE_MODULES: dict[EngineName, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a job ended. `usage` None: the engine cannot count. `data`: one vector per input."""
+    """How a job ended. `usage` None: the engine cannot count. `data`: one vector per input.
+
+    `images`: the one picture of an image job.
+    """
 
     finish_reason: FinishReason
     usage: Usage | None = None
     data: list[list[float]] | None = None
+    images: list[Picture] | None = None
 
 
 class Sink(Protocol):
@@ -86,8 +90,8 @@ class Engine(Protocol):
     async def generate(self, job: JobSpec, sink: Sink) -> Done:
         """Run one job to its end, writing to `sink` as it goes.
 
-        Embeddings come back in `Done.data`. A cancelled sink ends it with `CANCELLED` and the
-        counts so far. Raises JobError.
+        Embeddings come back in `Done.data`, a picture in `Done.images`. A cancelled sink ends it
+        with `CANCELLED` and the counts so far. Raises JobError.
         """
         ...
 

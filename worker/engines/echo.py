@@ -30,6 +30,8 @@ from worker.protocol import (
     EmbeddingSpec,
     FailureCode,
     FinishReason,
+    ImageEditSpec,
+    ImageSpec,
     JobSpec,
     ModelKind,
     ServedModel,
@@ -103,6 +105,8 @@ class EchoEngine:
             raise JobError(FailureCode.ENGINE_ERROR, "told to fail before the first token")
         if isinstance(job, EmbeddingSpec):
             return self._embed(job)
+        if isinstance(job, ImageSpec | ImageEditSpec):
+            raise JobError(FailureCode.MODEL_NOT_SERVED, "the echo engine makes no pictures")
         return await self._write(job, sink, fault)
 
     async def check(self) -> bool:

@@ -25,7 +25,6 @@ from worker.errors import EngineStartError, JobError
 from worker.protocol import (
     ChatSpec,
     CompletionSpec,
-    EmbeddingSpec,
     FailureCode,
     FinishReason,
     JobSpec,
@@ -118,8 +117,8 @@ class KoboldCppEngine:
         progress(1, f"serving {self._models[0].id}")
 
     async def generate(self, job: JobSpec, sink: Sink) -> Done:
-        if isinstance(job, EmbeddingSpec):
-            raise JobError(FailureCode.MODEL_NOT_SERVED, "a KoboldAI server does not embed")
+        if not isinstance(job, ChatSpec | CompletionSpec):
+            raise JobError(FailureCode.MODEL_NOT_SERVED, "a KoboldAI server makes nothing but text")
         prompt, stops = self._prompt_of(job)
         prompt_tokens = await self._fitting(prompt, sink)
         key = f"KCPP{secrets.randbelow(10**8):08d}"

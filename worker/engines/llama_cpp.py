@@ -31,7 +31,15 @@ from worker.engines.llama_pace import PromptPace, ThreadPace
 from worker.engines.llama_prompt import PromptMaker
 from worker.errors import EngineDied, EngineStartError, JobError
 from worker.hardware import physical_cores
-from worker.protocol import EmbeddingSpec, FailureCode, JobSpec, ModelKind, ServedModel
+from worker.protocol import (
+    EmbeddingSpec,
+    FailureCode,
+    ImageEditSpec,
+    ImageSpec,
+    JobSpec,
+    ModelKind,
+    ServedModel,
+)
 from worker.settings import WorkerSettings
 
 log = logging.getLogger("worker")
@@ -116,6 +124,8 @@ class LlamaCppEngine:
         if isinstance(job, EmbeddingSpec):
             texts = await asyncio.to_thread(self._texts, self._prompts, job)
             work = Work(sink, ended, sum(map(len, texts)), texts=texts)
+        elif isinstance(job, ImageSpec | ImageEditSpec):
+            raise JobError(FailureCode.MODEL_NOT_SERVED, "llama.cpp makes no pictures")
         else:
             prompt = await asyncio.to_thread(self._prompts.make, job)
             work = Work(sink, ended, len(prompt.tokens), prompt)

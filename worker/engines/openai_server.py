@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from worker.engines import Done, Progress, Sink
 from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
+from worker.engines.server_pictures import draw
 from worker.engines.stopping import unless_cancelled
 from worker.errors import EngineStartError, JobError
 from worker.protocol import (
@@ -25,6 +26,8 @@ from worker.protocol import (
     EmbeddingSpec,
     FailureCode,
     FinishReason,
+    ImageEditSpec,
+    ImageSpec,
     JobSpec,
     ModelKind,
     Sampling,
@@ -37,6 +40,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 SLOTS = 4
 CONTEXT = 4096
 BUSY_TRIES = 5
+_CANCELLED = Done(FinishReason.CANCELLED)
 BUSY_PAUSE_S = 1.0
 
 # What servers call the context in their list of models: vLLM, LM Studio, OpenRouter and others.
@@ -52,7 +56,7 @@ FINISH = {
 
 def from_settings(settings: WorkerSettings) -> OpenAIServerEngine:
     """The engine for SATHERD_ENGINE_URL; SATHERD_MODEL chooses among its models."""
-    names = [name.strip() for name in (settings.model or "").split(",") if name.strip()]
+    names = _names(settings.model)
     return OpenAIServerEngine(
         open_client(settings, DEFAULT_URL),
         names=names,
@@ -60,7 +64,13 @@ def from_settings(settings: WorkerSettings) -> OpenAIServerEngine:
         slots=settings.slots or SLOTS,
         context=settings.context,
         max_tokens=settings.max_tokens,
+        image_names=_names(settings.image_models),
+        image_edit_names=_names(settings.image_edit_models),
     )
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 @dataclass(slots=True)
@@ -76,6 +86,7 @@ class OpenAIServerEngine:
     """Passes jobs on to `client`'s server. `names` empty: every model that it lists.
 
     `shown_as` renames the model, when there is only one. `context` overrides what the server says.
+    `image_names` and `image_edit_names` are those of its models that make and change pictures.
     """
 
     def __init__(
@@ -88,6 +99,8 @@ class OpenAIServerEngine:
         context: int | None = None,
         max_tokens: int | None = None,
         busy_pause_s: float = BUSY_PAUSE_S,
+        image_names: Sequence[str] = (),
+        image_edit_names: Sequence[str] = (),
     ) -> None:
         self._client = client
         # Both `http://host` and `http://host/v1` are what people write.
@@ -98,6 +111,10 @@ class OpenAIServerEngine:
         self._context = context
         self._max_tokens = max_tokens
         self._busy_pause_s = busy_pause_s
+        self._picture_kinds = {
+            ModelKind.IMAGE: frozenset(image_names),
+            ModelKind.IMAGE_EDIT: frozenset(image_edit_names),
+        }
         self._asks_usage = True
         self._server_names: dict[str, str] = {}
         self._models: list[ServedModel] = []
@@ -113,10 +130,11 @@ class OpenAIServerEngine:
     async def start(self, progress: Progress) -> None:
         progress(0, f"asking {self._client.base_url} for its models")
         listed = self._listed(await discover(self._client, f"{self._prefix}/models"))
-        names = self._names or list(listed)
+        names = self._names or list(dict.fromkeys([*listed, *self._of_pictures()]))
         if not names:
             raise EngineStartError(f"{self._client.base_url} lists no models; set SATHERD_MODEL")
-        missing = [name for name in names if listed and name not in listed]
+        # Servers that make pictures do not always list what makes them.
+        missing = [n for n in names if listed and n not in listed and n not in self._of_pictures()]
         if missing:
             raise EngineStartError(
                 f"{self._client.base_url} has no model {missing[0]}; it has: {', '.join(listed)}"
@@ -126,13 +144,17 @@ class OpenAIServerEngine:
         for name in names:
             shown = self._shown_as or name
             self._server_names[shown] = name
-            self._models.append(self._served(shown, name, listed.get(name, {})))
+            self._models.extend(self._served(shown, name, listed.get(name, {})))
         progress(1, f"serving {', '.join(self._server_names)}")
 
     async def generate(self, job: JobSpec, sink: Sink) -> Done:
         if isinstance(job, EmbeddingSpec):
             done = await unless_cancelled(sink, self._embed(job))
-            return done or Done(FinishReason.CANCELLED)
+            return done or _CANCELLED
+        if isinstance(job, ImageSpec | ImageEditSpec):
+            name = self._server_names.get(job.model, job.model)
+            picture = await unless_cancelled(sink, draw(self._client, self._prefix, name, job))
+            return Done(FinishReason.STOP, images=[picture]) if picture else _CANCELLED
         answer = _Answer()
         finished = await unless_cancelled(sink, self._stream_patiently(job, sink, answer))
         if finished is None:
@@ -158,8 +180,19 @@ class OpenAIServerEngine:
             if isinstance(entry, dict) and isinstance(entry.get("id"), str)
         }
 
-    def _served(self, shown: str, name: str, facts: dict[str, Any]) -> ServedModel:
+    def _of_pictures(self) -> list[str]:
+        return [name for names in self._picture_kinds.values() for name in sorted(names)]
+
+    def _served(self, shown: str, name: str, facts: dict[str, Any]) -> list[ServedModel]:
         context = self._context or _context_of(facts) or CONTEXT
+        pictures = [kind for kind, names in self._picture_kinds.items() if name in names]
+        if pictures:
+            return [ServedModel(id=shown, kind=kind, context_length=context) for kind in pictures]
+        return [self._served_text(shown, name, context, facts)]
+
+    def _served_text(
+        self, shown: str, name: str, context: int, facts: dict[str, Any]
+    ) -> ServedModel:
         embeds = facts.get("type") == "embeddings" or any(
             sign in name.lower() for sign in EMBEDDING_SIGNS
         )
