@@ -4,7 +4,7 @@
     generate() ── prompt, in a pool thread
                ── inbox ───────────────────> add to the decoder
                                              step, step, step: one llama_decode for all jobs
-               <── call_soon_threadsafe ──── one delivery per step, for all jobs
+               <── call_soon_threadsafe ──── a delivery for all jobs, every few milliseconds
     sink.write() for each, in one turn of the loop: one frame to the router
 
 The thread computes without holding the interpreter's lock, so the loop stays free. A cancelled sink
