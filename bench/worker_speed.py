@@ -81,13 +81,16 @@ class Bare:
 
     def close(self) -> None:
         lib.llama_batch_free(self._batch)
-        lib.llama_free(self._context)
+        if self._context:
+            lib.llama_free(self._context)
 
     def write(self, prompt: Prompt, tokens: int) -> None:
         """`tokens` for each sequence."""
         context, batch, count = self._context, self._batch, self._count
         assert context
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        memory = lib.llama_get_memory(context)
+        assert memory is not None
+        lib.llama_memory_clear(memory, True)
         chains = [make_chain(self._model, prompt.plan, max_tokens=tokens) for _ in range(count)]
         places = [
             (token, position, sequence)

@@ -63,7 +63,10 @@ class Computer:
         make_embedder: Callable[[], Embedder],
         deliver: Callable[[list[Delivery]], None],
     ) -> None:
-        """`deliver` is called in this thread, after steps that brought something new. `decoder` None: embeddings only."""
+        """`deliver` is called in this thread, when there is something new to tell.
+
+        `decoder` None: embeddings only.
+        """
         self._decoder = decoder
         self._make_embedder = make_embedder
         self._deliver = deliver
