@@ -2,9 +2,9 @@
 
     python -m bench.claim [--quick] [--full] [--json FILE]
 
-The router's own statements (`job_queue.heads`, `job_store.claim_many`, and the queries behind a
-position and the price list) on a PostgreSQL that does not sync, so that it is the engine's work that
-is measured and not the disk. 20 models; nearly all jobs belong to the busiest ones and want a long
+The router's own statements (`job_queue.heads`, `job_store.claim_many`) and its own copy of the queue
+(`router.market`, for positions and the price list) on a PostgreSQL that does not sync, so that it is
+the engine's work that is measured and not the disk. 20 models; nearly all jobs belong to the busiest ones and want a long
 context. Three workers: one that drains every lane; one whose only model few jobs ask for, all of
 them at the tail of the queue; one with small limits, for which only a few jobs at the tail are small
 enough. A flat line from left to right is what the lanes are for. 10^6 only with `--full`.
@@ -16,7 +16,7 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,11 +26,14 @@ import asyncpg
 from bench.figures import Options, Report, Row, milliseconds, percentile, run
 from bench.scene import passable
 from router import job_queue, job_store
-from router.database import migrate
+from router.database import Database, migrate
 from router.dispatcher import SPARE_HEADS
 from router.embedded_postgres import EmbeddedPostgres
 from router.job_records import Claim
 from router.lanes import Edges, drained_by, lane
+from router.market import Market
+from router.models import Models
+from router.workers import Fleet, Worker
 from worker.protocol import ModelKind, ServedModel
 
 SAMPLES = 60
@@ -67,7 +70,7 @@ async def measure(options: Options) -> Sequence[Report]:
     sizes = [1_000, 10_000] if options.quick else [1_000, 10_000, 100_000]
     if options.full:
         sizes.append(1_000_000)
-    claims, places = Report("claim of one job, µs (median, 99 %)"), Report("places, ms (median)")
+    claims, places = Report("claim of one job, µs (median, 99 %)"), Report("places, µs (median)")
     with tempfile.TemporaryDirectory(prefix="satherd-bench-") as folder:
         async with EmbeddedPostgres(passable(folder) / "postgres", throw_away=True) as postgres:
             await asyncio.to_thread(migrate, postgres.url)
@@ -76,7 +79,9 @@ async def measure(options: Options) -> Sequence[Report]:
                 try:
                     edges = await fill(connection, size)
                     claims.rows += await claim_costs(connection, size, edges)
-                    places.rows.append(await place_costs(connection, size, edges))
+                    database = await Database.open(postgres.url)
+                    places.rows.append(await place_costs(database, size, edges))
+                    await database.close()
                 finally:
                     await connection.close()
     claims.notes.append(
@@ -172,28 +177,60 @@ def _claim(job_id: str) -> Claim:
     return Claim(job_id, "worker", "router", commission_ppm=50_000, lease_ends_at=ends_at)
 
 
-async def place_costs(connection: Any, size: int, edges: Edges) -> Row:
-    """The queries behind positions and prices: the last place of all, and the whole price list."""
-    lanes = servers(edges)[0].lanes
+async def place_costs(database: Database, size: int, edges: Edges) -> Row:
+    """What a router pays to know its places: once at its start, then for each look and each asker.
+
+    A look here finds one job that came and one that was claimed since the last, all others have
+    waited since the start.
+    """
+    fleet = Fleet()
+    fleet.edges = edges
+    everything = [_served(model, LONG) for model in [*MODELS, RARE]]
+    fleet.add(Worker("w", None, everything, 1, True, None, {}))
+    market = Market(database, Models(fleet))
+    began = time.perf_counter()
+    await market.refresh()
+    copied_s = time.perf_counter() - began
+    long_lane = _a_lane(edges)
+
+    async def look() -> None:
+        async with database.transaction() as connection:
+            await job_queue.add(connection, [("new", long_lane, 1_500, 0)])
+        async with database.transaction() as connection:
+            await job_queue.remove(connection, ["new"])
+        market.touch()
+
+    looks_s = []
+    for _ in range(SAMPLES):
+        await look()
+        began = time.perf_counter()
+        await market.refresh()
+        looks_s.append(time.perf_counter() - began)
     return {
         "waiting": size,
-        "position of the last": await _median_ms(
-            lambda: job_queue.ahead(connection, lanes, multiplier_milli=1_000, seq=1 << 60)
+        "copy at the start, ms": milliseconds(copied_s),
+        "look at changes": _micro(percentile(looks_s, 0.5)),
+        "place of the last": _median_us(lambda: market.place([long_lane], 1_000, MODELS[0])),
+        "place of a dear one": _median_us(lambda: market.place([long_lane], 2_990, MODELS[0])),
+        "one model of the price list": _median_us(
+            lambda: market.model_queue(ModelKind.TEXT, MODELS[0])
         ),
-        "position of a dear one": await _median_ms(
-            lambda: job_queue.ahead(connection, lanes, multiplier_milli=2_990, seq=1 << 60)
-        ),
-        "price list": await _median_ms(lambda: job_queue.steps(connection)),
     }
 
 
-async def _median_ms(look: Callable[[], Awaitable[object]]) -> float | None:
+def _a_lane(edges: Edges) -> str:
+    return lane(
+        edges, kind=ModelKind.TEXT, model=MODELS[0], prompt_tokens=LONG - 200, max_tokens=100
+    )
+
+
+def _median_us(reckon: Callable[[], object]) -> float | None:
     times_s = []
-    for _ in range(5):
+    for _ in range(SAMPLES):
         began = time.perf_counter()
-        await look()
+        reckon()
         times_s.append(time.perf_counter() - began)
-    return milliseconds(percentile(times_s, 0.5))
+    return _micro(percentile(times_s, 0.5))
 
 
 def _micro(seconds: float | None) -> float | None:

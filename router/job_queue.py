@@ -5,13 +5,25 @@ A job has a row in `queue` for each lane it waits in, and only while it waits; i
 queued, and kept through bumps and retries. Candidates are read without locks and claimed by a guarded
 statement (`router.job_store.claim_many`), so any number of routers may look at once, and the cost of
 a look depends on the number of lanes, not of jobs.
+
+Places and prices are not counted here: triggers write what comes and goes to `queue_changes`, each
+router follows them from one snapshot of the database to the next, and counts in memory
+(`router.queue_counts`; docs/decisions/0008-places-in-memory.md). So a statement puts a job into all of
+its lanes, or takes it out of all of them: the change names them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+from router.queue_counts import Change
+
+# How long changes are kept for routers that follow them. One that has not looked for so long, less
+# some time for transactions under way, must read the queue anew.
+CHANGES_KEPT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +35,6 @@ class Candidate:
     multiplier_milli: int
     seq: int
     tried_by: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How many jobs wait in a lane at one multiplier."""
-
-    lane: str
-    multiplier_milli: int
-    jobs: int
 
 
 _ADD = """
@@ -49,15 +52,31 @@ from (select q.* from unnest($1::text[]) l(lane) cross join lateral
 join jobs j on j.id = h.job_id and j.state = 'queued'
 order by h.multiplier_milli desc, h.seq"""
 
-_AHEAD = """
-select count(distinct job_id) from queue where lane = any($1::text[])
-and (multiplier_milli > $2 or (multiplier_milli = $2 and seq < $3))"""
+_MOVE = """
+with gone as (
+    delete from queue where job_id = $1
+    and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2) returning *)
+insert into queue (job_id, lane, multiplier_milli, seq)
+select distinct job_id, case when lane = $2 then $3 else lane end, multiplier_milli, seq from gone"""
+
+_ALL = """
+select lanes, multiplier_milli, array_agg(seq order by seq) as seqs
+from (select array_agg(lane order by lane) as lanes, multiplier_milli, seq
+      from queue group by multiplier_milli, seq) j
+group by lanes, multiplier_milli"""
+
+# A number of a transaction says nothing of when it was committed; snapshots do.
+_CHANGES = """
+select now.snapshot::text, c.lanes, c.multiplier_milli, c.seqs, c.added
+from (select pg_current_snapshot() as snapshot) now
+left join queue_changes c
+    on c.xact >= pg_snapshot_xmin($1::text::pg_snapshot)::text::bigint
+    and c.xact < pg_snapshot_xmax(now.snapshot)::text::bigint
+    and not pg_visible_in_snapshot(c.xact::text::xid8, $1::text::pg_snapshot)"""
 
 
 async def add(connection: Any, rows: Sequence[tuple[str, str, int, int]]) -> None:
     """Put jobs in lanes: (job id, lane, multiplier in thousandths, seq)."""
-    if not rows:
-        return
     if rows:
         await connection.execute(_ADD, *(list(column) for column in zip(*rows, strict=True)))
 
@@ -91,22 +110,37 @@ async def reprice(connection: Any, job_id: str, multiplier_milli: int) -> None:
 
 async def move(connection: Any, job_id: str, from_lane: str, to_lane: str) -> None:
     """Let a waiting job wait in another lane, unless it has been claimed meanwhile."""
+    await connection.execute(_MOVE, job_id, from_lane, to_lane)
+
+
+async def read_all(connection: Any) -> tuple[str, list[Change]]:
+    """The whole queue as one set of changes, and the snapshot it was read in.
+
+    In a repeatable-read transaction, so that both are of the same moment. Costs as much as there are
+    jobs.
+    """
+    snapshot = await connection.fetchval("select pg_current_snapshot()::text")
+    rows = await connection.fetch(_ALL)
+    return snapshot, [
+        Change(tuple(row["lanes"]), row["multiplier_milli"], row["seqs"], True) for row in rows
+    ]
+
+
+async def read_changes(connection: Any, snapshot: str) -> tuple[str, list[Change]]:
+    """What was committed since `snapshot`, and the snapshot to ask for next."""
+    rows = await connection.fetch(_CHANGES, snapshot)
+    return rows[0]["snapshot"], [
+        Change(tuple(row["lanes"]), row["multiplier_milli"], row["seqs"], row["added"])
+        for row in rows
+        if row["lanes"] is not None
+    ]
+
+
+async def forget_changes(connection: Any) -> None:
+    """Delete changes that everybody has seen."""
     await connection.execute(
-        "update queue set lane = $3 where job_id = $1 and lane = $2", job_id, from_lane, to_lane
+        "delete from queue_changes where at < clock_timestamp() - $1::interval", CHANGES_KEPT
     )
-
-
-async def ahead(connection: Any, lanes: Sequence[str], *, multiplier_milli: int, seq: int) -> int:
-    """How many jobs in these lanes come before one with this multiplier and seq."""
-    return await connection.fetchval(_AHEAD, list(lanes), multiplier_milli, seq)
-
-
-async def steps(connection: Any) -> list[Step]:
-    """The whole queue as counts by lane and multiplier."""
-    rows = await connection.fetch(
-        "select lane, multiplier_milli, count(*) as jobs from queue group by 1, 2"
-    )
-    return [Step(row["lane"], row["multiplier_milli"], row["jobs"]) for row in rows]
 
 
 async def length(connection: Any) -> int:

@@ -3,7 +3,7 @@
     often    renew the leases of what runs here; keep what running jobs have said
     seconds  take back jobs whose lease has run out; expire unpaid quotes and waits that are over;
              write the workers' records; move waiting jobs to finer lanes
-    minutes  wipe texts; forget old idempotency keys
+    minutes  wipe texts; forget old idempotency keys, and changes of the queue
 
 Every step may run on several routers at once: guards in the statements make a second time harmless.
 """
@@ -76,7 +76,7 @@ class Maintenance:
             (self._settings.lease_s / 4, [self.renew_leases]),
             (2.0, [self.take_back_lost, self.expire_waits, self.expire_quotes]),
             (5.0, [self.keep_records, self.finer_lanes]),
-            (10.0, [self.wipe]),
+            (10.0, [self.wipe, self.forget_queue_changes]),
         ]
         self._tasks = [
             asyncio.create_task(self._every(period_s, steps), name=f"maintenance-{period_s}")
@@ -307,6 +307,11 @@ class Maintenance:
                     await job_queue.move(connection, row["job_id"], row["lane"], lane)
                     moved += 1
         return moved
+
+    async def forget_queue_changes(self) -> None:
+        """Delete what every router has seen of who came to the queue and left it."""
+        async with self._database.connection() as connection:
+            await job_queue.forget_changes(connection)
 
     async def wipe(self) -> None:
         """Delete prompts and answers whose time is over; the money records stay."""

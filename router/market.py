@@ -1,33 +1,42 @@
 """The price of a place: positions, waiting times, the ladder of multipliers.
 
-A snapshot of the queue (jobs by lane and multiplier) serves all who ask for a while; the exact
-position of one waiting job is a query of its own.
+All of it is reckoned from a copy of the queue's order in memory (`router.queue_counts`) that follows
+the database: what this router has changed is looked up when somebody asks, what others have, after a
+moment. Nothing here slows down with the number of jobs that wait.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from billing.fees import ONE_MILLI, format_multiplier
 from router import job_queue
 from router.database import Database
-from router.job_queue import Step
 from router.models import Models, mean_service_s
+from router.queue_counts import Drifted, QueueCounts
 from router.workers import UNKNOWN_SERVICE_S, Worker
 from worker.protocol import ModelKind
 
-# A snapshot that was not cheap is used for this many times as long as it took to read: a short queue
-# is shown as it is, a long one costs a few per cent of a connection.
+log = logging.getLogger(__name__)
+
+# A look that was not cheap is good for this many times as long as it took: mostly the copy is as the
+# database is, and on a database that is slow it costs a few per cent of a connection.
 REUSE_FACTOR = 20
 CHEAP_S = 0.03
 OTHERS_S = 0.2
 FRESH_MOST_S = 2.0
 # How old it may be for a decision that need not be exact, such as "the queue is full".
 ROUGHLY_S = 0.5
+# A copy that has not followed for so long may have missed changes that are deleted by now; and one of
+# that age is read anew in any case, so that nothing wrong in it could last.
+FOLLOWS_S = job_queue.CHANGES_KEPT.total_seconds() / 2
+COPY_LASTS_S = 3600.0
 MAX_LADDER = 32
 
 
@@ -66,10 +75,12 @@ class Market:
     def __init__(self, database: Database, models: Models) -> None:
         self._database = database
         self._models = models
-        self._steps: list[Step] = []
-        self._read_at = -math.inf
+        self._counts = QueueCounts()
+        self._snapshot: str | None = None
+        self._copied_at = self._read_at = -math.inf
         self._fresh_s = 0.0
         self._changed = True
+        self._reading = asyncio.Lock()
         self.last_multiplier_milli: dict[str, int] = {}
 
     def touch(self) -> None:
@@ -77,101 +88,109 @@ class Market:
         self._changed = True
 
     async def refresh(self, *, max_age_s: float = 0.0) -> None:
-        """Read the queue again if the snapshot is older than the caller and its cost allow."""
-        began = time.monotonic()
-        age_s = began - self._read_at
-        # What other routers do is seen after a while; what this one does, at once.
-        if age_s < max(max_age_s, self._fresh_s if self._changed else OTHERS_S):
-            return
-        self._read_at = began  # whoever comes meanwhile makes do with the last one
-        self._changed = False
-        async with self._database.connection() as connection:
-            self._steps = await job_queue.steps(connection)
-        self._read_at = time.monotonic()
-        took_s = self._read_at - began
-        self._fresh_s = min(FRESH_MOST_S, took_s * REUSE_FACTOR) if took_s > CHEAP_S else 0.0
+        """Follow the queue if what we know is older than the caller and its cost allow."""
+        if self._reading.locked() and self._snapshot is not None:
+            return  # whoever comes meanwhile makes do with the last one
+        async with self._reading:
+            began = time.monotonic()
+            # What other routers do is seen after a while; what this one does, at once.
+            fresh_s = self._fresh_s if self._changed else OTHERS_S
+            if began - self._read_at < max(max_age_s, fresh_s):
+                return
+            self._changed = False
+            followed = await self._follow(began)
+            self._read_at = time.monotonic()
+            took_s = self._read_at - began if followed else 0.0
+            self._fresh_s = min(FRESH_MOST_S, took_s * REUSE_FACTOR) if took_s > CHEAP_S else 0.0
+
+    async def _follow(self, now: float) -> bool:
+        """Take over what has changed; False when the whole queue had to be read instead."""
+        lost = now - self._read_at > FOLLOWS_S or now - self._copied_at > COPY_LASTS_S
+        if self._snapshot is not None and not lost:
+            async with self._database.connection() as connection:
+                snapshot, changes = await job_queue.read_changes(connection, self._snapshot)
+            try:
+                self._counts.apply(changes)
+                self._snapshot = snapshot
+                return True
+            except Drifted:
+                log.error("the copy of the queue does not fit its changes: it is read anew")
+                self._snapshot = None
+        await self._copy(now)
+        return False
+
+    async def _copy(self, now: float) -> None:
+        async with self._database.transaction("repeatable_read") as connection:
+            snapshot, everything = await job_queue.read_all(connection)
+        counts = QueueCounts()
+        counts.apply(everything)
+        self._counts, self._snapshot, self._copied_at = counts, snapshot, now
 
     @property
-    def steps(self) -> list[Step]:
-        """The queue as it was read last."""
-        return self._steps
+    def counts(self) -> QueueCounts:
+        """The queue as it was when it was looked at last."""
+        return self._counts
 
     @property
     def queue_length(self) -> int:
-        return sum(step.jobs for step in self._steps)
+        return self._counts.length
 
     def place(self, lanes: Sequence[str], multiplier_milli: int, model: str) -> Place:
         """Where a new job would stand; equal multipliers are ahead of it."""
-        steps = self._competition(lanes)
-        ahead = sum(jobs for milli, jobs in steps.items() if milli >= multiplier_milli)
-        return self._place(lanes, ahead, steps, model)
+        return self._place(lanes, multiplier_milli, None, model)
 
     async def place_of(
         self, lanes: Sequence[str], multiplier_milli: int, seq: int, model: str
     ) -> Place:
         """Where a waiting job stands."""
         await self.refresh()
-        async with self._database.connection() as connection:
-            ahead = await job_queue.ahead(
-                connection,
-                sorted(self._competing(lanes)),
-                multiplier_milli=multiplier_milli,
-                seq=seq,
-            )
-        return self._place(lanes, ahead, self._competition(lanes), model)
+        return self._place(lanes, multiplier_milli, seq, model)
 
-    def _place(self, lanes: Sequence[str], ahead: int, steps: dict[int, int], model: str) -> Place:
+    def _place(
+        self, lanes: Sequence[str], multiplier_milli: int, seq: int | None, model: str
+    ) -> Place:
         fleet = self._models.fleet
         workers = list({w.id: w for lane in lanes for w in fleet.draining_lane(lane)}.values())
+        competing = {c for lane in lanes for c in fleet.competing_lanes(lane)}
+        ahead = self._counts.ahead(competing, multiplier_milli, seq)
         return Place(
             position=ahead + 1,
             wait=wait(ahead, workers, model),
-            to_be_next_milli=max(steps) + 1 if steps else ONE_MILLI,
+            to_be_next_milli=self._to_be_next_milli(competing),
             servable=bool(workers),
         )
 
-    def _competition(self, lanes: Iterable[str]) -> dict[int, int]:
-        """Jobs by multiplier in all lanes that compete with `lanes`."""
-        competing = self._competing(lanes)
-        counts: dict[int, int] = defaultdict(int)
-        for step in self._steps:
-            if step.lane in competing:
-                counts[step.multiplier_milli] += step.jobs
-        return counts
-
-    def _competing(self, lanes: Iterable[str]) -> set[str]:
-        return {c for lane in lanes for c in self._models.fleet.competing_lanes(lane)}
+    def _to_be_next_milli(self, lanes: AbstractSet[str]) -> int:
+        dearest = self._counts.dearest(lanes, 1)
+        return dearest[0][0] + 1 if dearest else ONE_MILLI
 
     def model_queue(self, kind: ModelKind, model: str) -> dict:
         """Queue length, price to be next, waits and ladder of one model, for `/info`."""
         workers = self._models.fleet.serving(kind, model)
-        lanes = {lane for worker in workers for lane in worker.lanes}
-        own = [
-            s for s in self._steps if s.lane.startswith(f"{kind}/") and s.lane.endswith(f"/{model}")
-        ]
-        counts: dict[int, int] = defaultdict(int)
-        for step in self._steps:
-            if step.lane in lanes or step in own:
-                counts[step.multiplier_milli] += step.jobs
-        total = sum(counts.values())
-        queued = sum(step.jobs for step in own)
+        own = {
+            lane
+            for lanes, _ in self._counts.in_lanes()
+            for lane in lanes
+            if lane.startswith(f"{kind}/") and lane.endswith(f"/{model}")
+        }
+        lanes = own.union(*{worker.lanes for worker in workers})
+        total = self._counts.jobs(lanes)
         last = self.last_multiplier_milli.get(model, ONE_MILLI) if total else ONE_MILLI
         return {
-            "queue_length": queued,
+            "queue_length": self._counts.jobs(own),
             "last_multiplier": format_multiplier(last),
-            "multiplier_to_be_next": format_multiplier(max(counts) + 1 if counts else ONE_MILLI),
+            "multiplier_to_be_next": format_multiplier(self._to_be_next_milli(lanes)),
             "servable": bool(workers),
             "wait_s": wait(total, workers, model).as_json(),
-            "ladder": self._ladder(counts, workers, model),
+            "ladder": self._ladder(lanes, workers, model),
         }
 
-    def _ladder(self, counts: dict[int, int], workers: list[Worker], model: str) -> list[dict]:
+    def _ladder(self, lanes: AbstractSet[str], workers: list[Worker], model: str) -> list[dict]:
         ladder, ahead = [], 0
-        for milli in sorted(counts, reverse=True)[: MAX_LADDER - 1]:
+        for milli, jobs in self._counts.dearest(lanes, MAX_LADDER - 1):
             ladder.append(_rung(milli + 1, ahead, workers, model))
-            ahead += counts[milli]
-        if not counts or min(counts) + 1 > ONE_MILLI:
-            ladder.append(_rung(ONE_MILLI, sum(counts.values()), workers, model))
+            ahead += jobs
+        ladder.append(_rung(ONE_MILLI, self._counts.jobs(lanes), workers, model))
         return ladder
 
 

@@ -21,7 +21,6 @@ from billing import payout_control, payout_records
 from billing.lightning import BackendError, NodeBalance
 from billing.payout_control import ControlState
 from billing.payout_records import Unresolved
-from router import job_queue
 from router.core import Core
 from router.database import DatabaseUnavailable
 
@@ -86,19 +85,26 @@ class Metrics:
 
 async def _books(core: Core) -> Books | None:
     try:
+        async with asyncio.timeout(PATIENCE_S):
+            await core.market.refresh()
         async with asyncio.timeout(PATIENCE_S), core.database.connection() as connection:
-            queue: Counter[str] = Counter()
-            for step in await job_queue.steps(connection):
-                queue[step.lane.split("/", 3)[3]] += step.jobs
             rows = await connection.fetch(_LIABILITIES)
             return Books(
-                queue=queue,
+                queue=_by_model(core),
                 liabilities={row["kind"]: row["balance_msat"] for row in rows},
                 unresolved=await payout_records.unresolved(connection, now=core.clock()),
                 control=await payout_control.control_state(connection),
             )
     except (DatabaseUnavailable, TimeoutError, asyncpg.PostgresError):
         return None
+
+
+def _by_model(core: Core) -> dict[str, int]:
+    queue: Counter[str] = Counter()
+    for lanes, jobs in core.market.counts.in_lanes():
+        # A job that waits for any of several models is counted once, at the first.
+        queue[lanes[0].split("/", 3)[3]] += jobs
+    return queue
 
 
 async def _node(core: Core) -> NodeBalance | None:

@@ -5,6 +5,7 @@
     quotes     what was asked and at which price; the unit of payment
     jobs       one answer each; the unit of work (states: router.job_states)
     queue      a row for each lane in which a job waits, and only while it waits
+    queue_changes  what came to the queue and left it in the last minute; written by triggers
     attempts   one try at a job by one worker
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
@@ -25,6 +26,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Float,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -33,7 +35,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlmodel import Field, SQLModel
 
 QUEUE_SEQ = Sequence("queue_seq", metadata=SQLModel.metadata)
@@ -146,6 +148,30 @@ class QueueRow(SQLModel, table=True):
     lane: str = Field(sa_column=Column(Text, primary_key=True))
     multiplier_milli: int = Field(sa_column=Column(BigInteger, nullable=False))
     seq: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class QueueChange(SQLModel, table=True):
+    """Jobs that came to wait, or left, in one statement: the lanes of each, their multiplier.
+
+    Only added to, so that no two commits wait for each other. `xact` is the transaction's number.
+    """
+
+    __tablename__ = "queue_changes"
+    xact: int = Field(
+        sa_column=Column(
+            BigInteger, primary_key=True, server_default=text("pg_current_xact_id()::text::bigint")
+        )
+    )
+    id: int = Field(sa_column=Column(BigInteger, Identity(), primary_key=True))
+    lanes: list = Field(sa_column=Column(ARRAY(Text), nullable=False))
+    multiplier_milli: int = Field(sa_column=Column(BigInteger, nullable=False))
+    seqs: list = Field(sa_column=Column(ARRAY(BigInteger), nullable=False))
+    added: bool = Field(nullable=False)
+    at: datetime = Field(
+        sa_column=Column(
+            DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()
+        )
+    )
 
 
 class LaneEdge(SQLModel, table=True):

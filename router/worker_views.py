@@ -15,9 +15,9 @@ from billing.payout_records import PayoutRecord
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
 from router.core import Core
-from router.job_queue import Step
 from router.job_views import time_text
-from router.lanes import answer_limit
+from router.lanes import ANY_MODEL, answer_limit
+from router.queue_counts import Step
 from router.workers import Worker, hash_worker_key
 
 PAYOUTS_SHOWN = 20
@@ -89,7 +89,7 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
             "score": round(live.reliability if live else row["reliability"], 4),
             "events": [_event(event) for event in events],
         },
-        "skips": [skip.as_json() for skip in skips(live, core.market.steps)],
+        "skips": [skip.as_json() for skip in skips(live, core.market.counts.steps())],
         "network": core.node.network,
         "simulated": core.node.simulated,
     }
@@ -195,13 +195,13 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
         found[code] = Skip(code, count)
     models: dict[str, int] = defaultdict(int)
     for step in steps:
-        code, facts = _skip(worker, step)
+        lane, code, facts = _skip(worker, step)
         if code is None:
             continue
         skip = found.setdefault(code, Skip(code))
         skip.count += step.jobs
         if code == "model_not_served":
-            models[step.lane.split("/", 3)[3]] += step.jobs
+            models[lane.split("/", 3)[3]] += step.jobs
         elif facts.get("needed", 0) > skip.facts.get("needed", 0):
             skip.facts = facts
     if models:
@@ -210,13 +210,22 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
     return sorted(found.values(), key=lambda skip: (-skip.count, skip.code))
 
 
-def _skip(worker: Worker | None, step: Step) -> tuple[str | None, dict[str, Any]]:
+def _skip(worker: Worker | None, step: Step) -> tuple[str, str | None, dict[str, Any]]:
+    """The lane that tells most, and why the worker gets nothing of it; None: it does."""
+    whys = [(lane, *_skip_lane(worker, lane)) for lane in step.lanes]
+    # A job that waits in several lanes is only skipped if it is in each, and "another model" is the
+    # last thing to say of one that waits for its model, too.
+    return min(whys, key=lambda why: (why[1] is not None, why[1] == "model_not_served"))
+
+
+def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, Any]]:
     if worker is None:
         return "offline", {}
-    kind, context, answer, model = step.lane.split("/", 3)
-    served = next((m for m in worker.models if m.id == model and m.kind == kind), None)
-    if served is None:
+    kind, context, answer, model = lane.split("/", 3)
+    able = [m for m in worker.models if m.kind == kind and model in (m.id, ANY_MODEL)]
+    if not able:
         return "model_not_served", {}
+    served = max(able, key=lambda m: (m.context_length, answer_limit(m)))
     if int(context) > served.context_length:
         return "context_too_short", {"needed": int(context), "yours": served.context_length}
     if int(answer) > answer_limit(served):

@@ -14,7 +14,7 @@ from billing import ledger
 from billing.ledger import Transfer
 from billing.payees import PayeeAddress, PayeeStatus
 from billing.payout_settings import PayoutSettings
-from router.job_queue import Step
+from router.queue_counts import Step
 from router.worker_views import next_due_at, skips
 from router.workers import Worker
 from tests.balance_tools import CHAT, bearer, code, let_through
@@ -297,12 +297,12 @@ def a_worker(**changes: Any) -> Worker:
 
 
 STEPS = [
-    Step("text/512/512/a/b", 1000, 4),
-    Step("text/8192/512/a/b", 1000, 2),
-    Step("text/32768/512/a/b", 2000, 1),
-    Step("text/2048/2048/a/b", 1000, 5),
-    Step("text/512/512/other", 1000, 7),
-    Step("embedding/512/0/a/b", 1000, 1),
+    Step(("text/512/512/a/b",), 1000, 4),
+    Step(("text/8192/512/a/b",), 1000, 2),
+    Step(("text/32768/512/a/b",), 2000, 1),
+    Step(("text/2048/2048/a/b",), 1000, 5),
+    Step(("text/512/512/other",), 1000, 7),
+    Step(("embedding/512/0/a/b",), 1000, 1),
 ]
 
 

@@ -13,6 +13,7 @@ import pytest_asyncio
 from bench import claim, figures, idle_workers, l402_jobs, paid_jobs, streamed_tokens
 from bench.figures import Options, Report
 from bench.scene import Scene, scene
+from router.database import Database
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -72,8 +73,10 @@ async def test_claims_find_what_each_kind_of_worker_can_take(database_url: str):
         assert all(row["heads p50"] > 0 and row["claim p50"] > 0 for row in rows)
         left = await connection.fetchval("select count(*) from queue")
         assert left == waiting - 3 * (5 + claim.WARM_UP)
-        places = await claim.place_costs(connection, 1_000, edges)
-        assert places["position of the last"] > 0 and places["price list"] > 0
+        database = await Database.open(database_url)
+        places = await claim.place_costs(database, 1_000, edges)
+        await database.close()
+        assert places["place of the last"] > 0 and places["look at changes"] > 0
     finally:
         await connection.close()
 

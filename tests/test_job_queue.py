@@ -105,27 +105,15 @@ async def test_ended_jobs_are_out_of_the_queue(database: Database):
         assert await _order(connection) == [left]
 
 
-async def test_a_place_counts_those_who_would_be_taken_before(database: Database):
+async def test_a_move_takes_all_the_lanes_of_a_job_along(database: Database):
+    """It waits in one lane for each model that it accepts; places count it once."""
     async with database.transaction() as connection:
-        account_id = await payer(connection)
-        await _queue(connection, account_id, 2000, 1500)
-        (own,) = await _queue(connection, account_id, 1500)
-        await _queue(connection, account_id, 1500, 1000)
-        await _queue(connection, account_id, 9000, lane="elsewhere")
-        seq = await connection.fetchval("select seq from queue where job_id = $1", own)
-        assert await job_queue.ahead(connection, [LANE], multiplier_milli=1500, seq=seq) == 2
-        both = [LANE, "elsewhere"]
-        assert await job_queue.ahead(connection, both, multiplier_milli=1500, seq=seq) == 3
-
-
-async def test_the_steps_are_the_whole_queue_by_lane_and_multiplier(database: Database):
-    async with database.transaction() as connection:
-        account_id = await payer(connection)
-        await _queue(connection, account_id, 1000, 1000, 2000)
-        await _queue(connection, account_id, 1000, lane="other")
-        steps = {(s.lane, s.multiplier_milli): s.jobs for s in await job_queue.steps(connection)}
-        assert steps == {(LANE, 1000): 2, (LANE, 2000): 1, ("other", 1000): 1}
-        assert await job_queue.length(connection) == 4
+        await job_queue.add(connection, [("j", "a", 1000, 7), ("j", "b", 1000, 7)])
+        await job_queue.move(connection, "j", "b", "c")
+        assert await _order(connection, "b") == []
+        await job_queue.move(connection, "j", "a", "c")
+        rows = await connection.fetch("select lane, multiplier_milli, seq from queue")
+        assert [tuple(row) for row in rows] == [("c", 1000, 7)]
 
 
 async def test_a_move_finds_a_job_only_in_the_lane_it_was_seen_in(database: Database):
