@@ -4,10 +4,10 @@
 
 The router's own statements (`job_queue.heads`, `job_store.claim_many`) and its own copy of the queue
 (`router.market`, for positions and the price list) on a PostgreSQL that does not sync, so that it is
-the engine's work that is measured and not the disk. 20 models; nearly all jobs belong to the busiest ones and want a long
-context. Three workers: one that drains every lane; one whose only model few jobs ask for, all of
-them at the tail of the queue; one with small limits, for which only a few jobs at the tail are small
-enough. A flat line from left to right is what the lanes are for. 10^6 only with `--full`.
+the engine's work that is measured and not the disk. 20 models; nearly all jobs belong to the busiest
+ones and want a long context. Three workers: one that drains every lane; one whose only model few jobs
+ask for, all of them at the tail of the queue; one with small limits, for which only a few jobs at the
+tail are small enough. A flat line from left to right is what lanes are for. 10^6 only with `--full`.
 """
 
 from __future__ import annotations
