@@ -68,6 +68,7 @@ from router.runtime_settings import RuntimeSettings
 from router.secret_files import master_secrets, receipt_seed, router_id
 from router.settings import Settings, backend_settings
 from router.starting import reached_node
+from router.webhooks import Webhooks
 from router.worker_gate import WorkerGate
 from router.workers import Fleet
 
@@ -208,6 +209,12 @@ def _join(
 ) -> Core:
     secrets = master_secrets(settings)
     this_router = router_id(settings)
+    receipt_issuer = Issuer(
+        ReceiptKey.from_seed(receipt_seed(settings)),
+        settings.public_url or settings.name,
+        node.network,
+        node.simulated,
+    )
     fleet = Fleet()
     models = Models(fleet)
     hub = StreamHub()
@@ -234,8 +241,9 @@ def _join(
         token_secret=hmac.new(secrets.current, b"job-tokens", hashlib.sha256).digest(),
         max_multiplier=settings.max_multiplier,
     )
+    outside = OutsideRules(allow_private=settings.lnurl_allow_private)
     addresses = LightningAddresses(
-        OutsideHttp(OutsideRules(allow_private=settings.lnurl_allow_private)),
+        OutsideHttp(outside),
         network=node.network,
         own_pubkey=node.pubkey,
         now=clock,
@@ -258,18 +266,14 @@ def _join(
             image_prompt_tokens=settings.image_prompt_tokens,
             max_multiplier=settings.max_multiplier,
             max_wait_s=settings.max_wait_s,
+            outside=outside,
         ),
         router_id=this_router,
         clock=clock,
         database=database,
         writer=writer,
         secrets=secrets,
-        receipts=Issuer(
-            ReceiptKey.from_seed(receipt_seed(settings)),
-            settings.public_url or settings.name,
-            node.network,
-            node.simulated,
-        ),
+        receipts=receipt_issuer,
         backend=backend,
         node=node,
         watcher=watcher,
@@ -318,6 +322,7 @@ def _join(
             router_id=this_router,
             clock=clock,
         ),
+        webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
     )
     attempts.on_work = core.dispatcher.wake
     gate.on_idle = core.dispatcher.wake
@@ -342,6 +347,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         core.maintenance,
         core.gate,
         core.payouts,
+        core.webhooks,
     ):
         part.start()
         stack.push_async_callback(_stop, part.stop)

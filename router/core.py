@@ -27,6 +27,7 @@ from router.receipts import Issuer
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.settings import Settings
+from router.webhooks import Webhooks
 from router.worker_gate import WorkerGate
 from router.workers import Fleet
 
@@ -62,4 +63,5 @@ class Core:
     gate: WorkerGate
     dispatcher: Dispatcher
     maintenance: Maintenance
+    webhooks: Webhooks
     draining: bool = False

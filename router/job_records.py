@@ -30,6 +30,7 @@ class NewJob:
     lane: str
     more_lanes: tuple[str, ...] = ()
     choices: str | None = None
+    webhook: str | None = None
 
     @property
     def lanes(self) -> tuple[str, ...]:

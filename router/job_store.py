@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from billing import accounts, ledger
 from billing.ledger import Transfer
 from billing.settlement import divide
-from router import choices, job_queue, job_states
+from router import choices, job_queue, job_states, webhook_store
 from router.job_records import (
     Claim,
     Claimed,
@@ -65,7 +65,7 @@ from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigin
 where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
     and (t.attempt is null or j.attempt = t.attempt)
 returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
-    j.seq, j.ended_at"""
+    j.seq, j.webhook, j.ended_at"""
 
 
 _END_ATTEMPTS = """
@@ -225,7 +225,7 @@ def _settle(row: Ending, now: Any) -> list[Transfer]:
 
 
 async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """Bring what hangs on ended jobs in line: queue, attempts, chunks, limits of keys."""
+    """Bring what hangs on ended jobs in line: queue, attempts, chunks, webhooks, limits of keys."""
     waited = [row.job_id for row, _ in happened if row.event in (Event.CANCEL, Event.EXPIRE)]
     if waited:
         await job_queue.remove(connection, waited)
@@ -239,6 +239,14 @@ async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
     said = [row.job_id for row, _ in happened if row.had_chunks]
     if said:
         await connection.execute("delete from job_chunks where job_id = any($1::text[])", said)
+    hooks = [
+        (row.job_id, now["webhook"])
+        for row, now in happened
+        # A job that was never paid for calls nobody: quotes are free, and would be a way to knock.
+        if now["webhook"] and now["seq"] is not None
+    ]
+    if hooks:
+        await webhook_store.add(connection, hooks)
     given_back: dict[str, int] = defaultdict(int)
     for row, now in happened:
         if now["key_id"]:

@@ -18,7 +18,7 @@ from typing import Any
 from billing import accounts, fees, ledger
 from billing.errors import InsufficientFunds
 from billing.ledger import Transfer
-from router import job_queue, job_submits
+from router import job_queue, job_submits, webhook_store
 from router.attempts import Attempts
 from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
 from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
@@ -176,6 +176,9 @@ class Jobs:
             place = await self.place(row)
             view["position"] = place.position
             view["wait_s"] = place.wait.as_json()
+        if row["webhook"] and row["ended_at"]:
+            async with self._database.connection() as connection:
+                view["webhook"] = await webhook_store.state_of(connection, row["id"])
         return view
 
     async def place(self, row: Any) -> Place:

@@ -264,6 +264,7 @@ class Quotes:
             lane=lane,
             more_lanes=tuple(more_lanes),
             choices=self._choices(schedule, item),
+            webhook=request.webhook,
         )
 
     def _dearest(self, schedule: FeeSchedule, item: Item, max_tokens: int) -> tuple[str, Rates]:

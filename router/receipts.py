@@ -56,6 +56,10 @@ class ReceiptKey:
     def public_raw(self) -> bytes:
         return self.private.public_key().public_bytes_raw()
 
+    def sign_bytes(self, data: bytes) -> bytes:
+        """A bare signature, for what is no JWS (webhooks)."""
+        return self.private.sign(data)
+
     def sign(self, facts: dict[str, Any]) -> str:
         headers = {"kid": self.kid, "typ": TYPE}
         return jwt.encode(facts, self.private, algorithm=ALGORITHM, headers=headers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -18,10 +18,12 @@ import orjson
 from pydantic import ValidationError
 
 from billing.msat import parse_decimal
+from billing.outside_url import OutsideRules
 from router.errors import BadRequest
 from router.image_requests import edit_spec, image_spec
 from router.prompt_tokens import prompt_tokens
 from router.request_fields import flag, integer
+from router.webhook_request import read_webhook
 from worker.protocol import (
     TEXT_KINDS,
     ChatSpec,
@@ -74,7 +76,8 @@ class Terms:
 class Request:
     """A checked request. `max_tokens` None: the router is to choose.
 
-    `echo`: the door repeats the prompts before the answers (`with_echo_at_the_door`).
+    `echo`: the door repeats the prompts before the answers (`with_echo_at_the_door`). `webhook`:
+    whom to tell of each job's end, as `router.webhook_request` writes it.
     """
 
     kind: Kind
@@ -86,6 +89,7 @@ class Request:
     include_usage: bool = False
     base64_embeddings: bool = False
     echo: bool = False
+    webhook: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Limits:
     image_prompt_tokens: int = 765
     max_multiplier: int = 1000
     max_wait_s: int = 86_400
+    outside: OutsideRules = field(default_factory=OutsideRules)
 
 
 def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> Request:
@@ -134,6 +139,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         stream=flag(body, "stream"),
         include_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
         base64_embeddings=kind is Kind.EMBEDDING and _wants_base64(body),
+        webhook=read_webhook(body, limits.outside),
     )
 
 

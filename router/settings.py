@@ -138,7 +138,8 @@ class Settings(BaseSettings):
     )
     lnurl_allow_private: bool = Field(
         default=False,
-        description="Development only: pay to addresses on private networks; never on mainnet.",
+        description="Development only: pay to addresses, and call webhooks, on private networks and by"
+        " plain http; never on mainnet.",
     )
 
     payout_threshold_msat: int = Field(

@@ -9,6 +9,7 @@
     attempts   one try at a job by one worker
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
+    webhooks   who is to be told that a job has ended, until he has been told
     receipt_keys  the public keys of all routers that ever signed receipts here
     door_ids   what opens a job at a door where clients ask again and again
 
@@ -123,6 +124,7 @@ class JobRow(SQLModel, table=True):
     worker_id: str | None = Field(default=None, sa_column=Column(Text))
     router_id: str | None = Field(default=None, sa_column=Column(Text))
     attached_to: str | None = Field(default=None, sa_column=Column(Text))
+    webhook: str | None = Field(default=None, sa_column=Column(Text))
     lease_ends_at: datetime | None = Field(default=None, sa_column=_time())
     wait_ends_at: datetime | None = Field(default=None, sa_column=_time())
     created_at: datetime = Field(sa_column=_now())
@@ -250,6 +252,25 @@ class IdempotencyRow(SQLModel, table=True):
     request_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     quote_id: str = Field(sa_column=Column(Text, nullable=False))
     created_at: datetime = Field(sa_column=_now())
+
+
+class WebhookRow(SQLModel, table=True):
+    """State: pending, delivered, given_up. `url` is null once it is not needed any more."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (
+        Index("webhooks_due", "next_try_at", postgresql_where=text("state = 'pending'")),
+    )
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    job_id: str = Field(sa_column=Column(Text, nullable=False, unique=True))
+    url: str | None = Field(default=None, sa_column=Column(Text))
+    include_result: bool = Field(nullable=False)
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    tries: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    next_try_at: datetime = Field(sa_column=_now())
+    created_at: datetime = Field(sa_column=_now())
+    last_status: int | None = Field(default=None, sa_column=Column(Integer))
+    last_error: str | None = Field(default=None, sa_column=Column(Text))
 
 
 class ReceiptKeyRow(SQLModel, table=True):
