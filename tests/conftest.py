@@ -12,6 +12,8 @@ import pytest
 
 from router.database import Database, migrate
 from router.embedded_postgres import throw_away_server
+from tests.regtest.network import LightningNetwork
+from tests.regtest.session import running_network
 from tests.router_rig import Rig, running_rig
 
 # A server that is running already, for whoever runs single tests all day.
@@ -80,3 +82,18 @@ async def router(tmp_path: Path, database_url: str) -> AsyncIterator[Rig]:
     """A running router with the settings of `running_rig`."""
     async with running_rig(tmp_path, database_url) as rig:
         yield rig
+
+
+@pytest.fixture(scope="session")
+def lightning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightningNetwork]:
+    """A real Lightning network; its nodes write no files, and so are fast and must not be killed."""
+    with running_network(tmp_path_factory.mktemp("lightning")) as network:
+        yield network
+
+
+@pytest.fixture(scope="session")
+def lightning_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightningNetwork]:
+    """Another, of which the router's node may be killed."""
+    folder = tmp_path_factory.mktemp("lightning-on-disk")
+    with running_network(folder, files=["router"]) as network:
+        yield network

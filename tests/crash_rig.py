@@ -68,7 +68,7 @@ class Part:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SATHERD_")}
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [*_dying_with_us(), sys.executable, *self._argv],
+                [*dying_with_us(), sys.executable, *self._argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -116,7 +116,7 @@ class Part:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
 
-def _dying_with_us() -> list[str]:
+def dying_with_us() -> list[str]:
     """A prefix that lets Linux kill a part when the test run is killed."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL"] if setpriv else []

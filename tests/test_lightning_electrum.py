@@ -109,6 +109,23 @@ async def test_given_up_is_failed_only_when_no_htlc_is_out(rig: WalletRig) -> No
     assert (await rig.backend.lookup_payment(hash_of(bolt11))).state is PaymentState.FAILED
 
 
+async def test_what_the_channels_have_settled_is_paid_whatever_the_invoice_says(
+    rig: WalletRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4.3.4 writes the two one after the other, and can be killed in between. Given the invoice
+    again it would pay it again."""
+    bolt11 = await rig.their_invoice(50_000)
+    paid = await pay(rig, bolt11)
+
+    async def unpaid(invoice_id: str) -> dict[str, object]:
+        return {"is_lightning": True, "status": 0, "invoice_id": invoice_id}
+
+    monkeypatch.setattr(rig.electrum, "_get_invoice", unpaid)
+    assert await rig.backend.lookup_payment(hash_of(bolt11)) == paid
+    assert await pay(rig, bolt11) == paid
+    assert await rig.left_msat(hash_of(bolt11)) == 50_000
+
+
 async def test_paid_without_a_preimage_in_the_history_is_unknown(
     rig: WalletRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@
              lightning_history    the preimage and the fee of what was paid
              list_channels        whether any HTLC of ours is out at all
 
-Electrum 4.3.4 limits the fee by its own rule only (5 sat, or 1 %), and a request of its may also be
-paid on chain: that is none of our business and counts as UNKNOWN.
+Met with 4.3.4 on a real network: a payment whose failure it cannot read, since a hop has spoilt it,
+stays in flight (4) until the daemon is started again. It limits the fee by its own rule only (5
+sat, or 1 %), and a request of its may also be paid on chain: that is none of our business and
+counts as UNKNOWN.
 """
 
 from __future__ import annotations
@@ -213,10 +215,14 @@ class ElectrumBackend(CarefulWallet):
             return await self._paid(payment_hash) or PaymentStatus(
                 payment_hash, PaymentState.UNKNOWN, failure_code="no_preimage"
             )
-        if status in (_UNPAID, _EXPIRED, _FAILED) and not await self._any_htlc():
-            return PaymentStatus(payment_hash, PaymentState.FAILED, failure_code="failed")
-        # Electrum has given up, and an HTLC is out that may be of this payment.
-        return PaymentStatus(payment_hash, PaymentState.UNKNOWN, failure_code="htlcs_pending")
+        if status not in (_UNPAID, _EXPIRED, _FAILED) or await self._any_htlc():
+            # Electrum has given up, and an HTLC is out that may be of this payment.
+            return PaymentStatus(payment_hash, PaymentState.UNKNOWN, failure_code="htlcs_pending")
+        # Killed between two writes of its file, it has the HTLC as settled and the invoice as
+        # unpaid, and would pay again. Asked after the channels, so that it cannot settle between.
+        return await self._paid(payment_hash) or PaymentStatus(
+            payment_hash, PaymentState.FAILED, failure_code="failed"
+        )
 
     async def received_since(self, since: datetime) -> AsyncIterator[Settlement]:
         for item in await self._history_since("received_since", since):
