@@ -11,9 +11,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from router.database import BatchingWriter, Database, DatabaseUnavailable
-from router.job_queue import Candidate, heads
+from router.job_queue import Candidate, heads, waiting_lanes
 from router.job_records import Claim, Claimed
 from router.workers import Fleet, Worker
 
@@ -51,6 +52,16 @@ def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate
             given.add(candidate.job_id)
             pairs.append((candidate, best))
     return pairs
+
+
+async def lanes_of(connection: Any, workers: Sequence[Worker]) -> list[str]:
+    """All lanes that these workers drain, also those that only the queue can name."""
+    lanes = {lane for worker in workers for lane in worker.lanes}
+    open_ones = [worker for worker in workers if worker.offers is not None]
+    if open_ones:
+        waiting = set(await waiting_lanes(connection)) - lanes
+        lanes |= {lane for lane in waiting if any(w.drains(lane) for w in open_ones)}
+    return sorted(lanes)
 
 
 class Dispatcher:
@@ -118,9 +129,9 @@ class Dispatcher:
         idle = self._fleet.idle()
         if not idle:
             return False
-        lanes = sorted({lane for worker in idle for lane in worker.lanes})
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
         async with self._database.connection() as connection:
+            lanes = await lanes_of(connection, idle)
             candidates = await heads(connection, lanes, most=most)
         pairs = match(candidates, self._fleet)
         if not pairs:
@@ -139,7 +150,8 @@ class Dispatcher:
         """
         while not self.paused and worker.free_slots > 0:
             async with self._database.connection() as connection:
-                candidates = await heads(connection, sorted(worker.lanes), most=1 + SPARE_HEADS)
+                lanes = await lanes_of(connection, [worker])
+                candidates = await heads(connection, lanes, most=1 + SPARE_HEADS)
             fitting = [
                 candidate
                 for candidate in candidates

@@ -75,6 +75,16 @@ left join queue_changes c
     and not pg_visible_in_snapshot(c.xact::text::xid8, $1::text::pg_snapshot)"""
 
 
+# From one lane to the next along the index: as many steps as there are lanes, whatever waits in them.
+_LANES = """
+with recursive lanes as (
+    (select lane from queue order by lane limit 1)
+    union all
+    select (select q.lane from queue q where q.lane > l.lane order by q.lane limit 1)
+    from lanes l where l.lane is not null)
+select lane from lanes where lane is not null"""
+
+
 async def add(connection: Any, rows: Sequence[tuple[str, str, int, int]]) -> None:
     """Put jobs in lanes: (job id, lane, multiplier in thousandths, seq)."""
     if rows:
@@ -99,6 +109,11 @@ async def heads(connection: Any, lanes: Sequence[str], *, most: int) -> list[Can
         )
         for row in rows
     ]
+
+
+async def waiting_lanes(connection: Any) -> list[str]:
+    """The lanes in which anything waits."""
+    return [row["lane"] for row in await connection.fetch(_LANES)]
 
 
 async def reprice(connection: Any, job_id: str, multiplier_milli: int) -> None:

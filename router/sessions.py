@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from router.job_records import Claimed
 from router.workers import Worker
-from worker.protocol import Refused, ServedModel
+from worker.protocol import ModelKind, Refused, ServedModel
 
 
 class Session(Protocol):
@@ -59,7 +59,7 @@ class Applicant:
     `identity` is what its earnings and its record belong to: a hash of a secret that it has shown, or
     of a public key whose signature was verified (`workers.hash_worker_key`, `workers.hash_identity`).
     None: it is known by its address alone. Several that name one address sit side by side, each on
-    a seat with a record of its own. `pulls`: it asks for its jobs itself, and is not handed any.
+    a seat with a record of its own. `pulls` and `offers` are the worker's.
     """
 
     identity: bytes | None
@@ -69,6 +69,7 @@ class Applicant:
     ln_url: str | None = None
     hardware: dict[str, Any] = field(default_factory=dict)
     pulls: bool = False
+    offers: Callable[[ModelKind, str], ServedModel | None] | None = None
 
 
 class RefusedWorker(Exception):

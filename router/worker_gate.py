@@ -14,11 +14,14 @@ from pydantic import ValidationError
 from billing import payees
 from billing.errors import BadLightningAddress
 from billing.lightning_address import LightningAddresses
-from router import workers
+from router import queenbee, workers
 from router.attempts import Attempts
 from router.database import Database
 from router.job_records import Claimed
 from router.models import Models
+from router.queenbee import QueenBeeRegistration
+from router.queenbee_sessions import QueenBeeSession
+from router.rate_limits import Windows
 from router.sessions import Applicant, RefusedWorker, Session
 from router.settings import Settings
 from router.worker_sessions import Connection, WorkerSession
@@ -28,6 +31,7 @@ from worker.protocol import Registered, Registration
 log = logging.getLogger(__name__)
 
 CHECK_S = 1.0
+REGISTRATIONS_PER_MINUTE = 30
 # Codes of a bad address that may be gone at the next try.
 _PASSING = frozenset({"unreachable", "busy", "too_many_lookups", "bad_answer", "payee_error"})
 
@@ -59,6 +63,7 @@ class WorkerGate:
         self._task: asyncio.Task | None = None
         # Of applicants without an identity: which seats at which address are taken.
         self._seats: dict[bytes, str | None] = {}
+        self._registrations = Windows()
         self.sessions: dict[str, Session] = {}
         self.on_idle: Callable[[], None] = lambda: None
         self.commission_ppm: Callable[[], int] = lambda: settings.commission_ppm
@@ -72,9 +77,16 @@ class WorkerGate:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def register(self, raw: Any, connection: Connection) -> WorkerSession:
-        """Let a native worker in by its first frame. Raises RefusedWorker, DatabaseUnavailable."""
+    async def register(
+        self, raw: Any, connection: Connection, *, peer: str = ""
+    ) -> WorkerSession | QueenBeeSession:
+        """Let a worker in by the first frame on its socket; `peer` is where it comes from.
+
+        Raises RefusedWorker, DatabaseUnavailable.
+        """
         self.check_open()
+        if queenbee.is_queenbee(raw):
+            return await self._register_queenbee(raw, connection, peer)
         try:
             registration = Registration.model_validate(raw)
         except ValidationError as error:
@@ -109,6 +121,25 @@ class WorkerGate:
             ).model_dump_json()
         )
         return session
+
+    async def _register_queenbee(
+        self, raw: dict[str, Any], connection: Connection, peer: str
+    ) -> QueenBeeSession:
+        try:
+            registration = QueenBeeRegistration.model_validate(raw)
+        except ValidationError as error:
+            raise bad_registration(error) from None
+        applicant = queenbee.applicant(registration, queenbee.verified_key(raw))
+        # It reconnects at once and for ever (QB-P19); each time is a lookup and a transaction.
+        who = applicant.identity or f"{peer} {registration.pay_to}"
+        if self._registrations.hit(who, REGISTRATIONS_PER_MINUTE) > 0:
+            raise RefusedWorker("too_often", "registered too often", retryable=True)
+        return await self.admit(
+            applicant,
+            lambda worker: QueenBeeSession(
+                worker, connection, self._attempts, registration, on_idle=self._idle
+            ),
+        )
 
     def check_open(self) -> None:
         """Raises RefusedWorker when nobody is let in any more."""
@@ -205,6 +236,7 @@ class WorkerGate:
             draining=record.draining,
             told_to_drain=record.draining,
             pulls=applicant.pulls,
+            offers=applicant.offers,
         )
 
     def leave(self, session: Session) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -31,7 +31,9 @@ class Worker:
     """One connected worker. `busy` holds the jobs it has, by id.
 
     `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
-    admin has said so. `pulls`: it asks for its jobs itself, and is not handed any.
+    admin has said so. `resting`: it has said that it is busy with something else. `pulls`: it asks
+    for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
+    that it has not named.
     """
 
     id: str
@@ -45,6 +47,8 @@ class Worker:
     draining: bool = False
     told_to_drain: bool = False
     pulls: bool = False
+    resting: bool = False
+    offers: Callable[[ModelKind, str], ServedModel | None] | None = None
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
     connected_at: float = field(default_factory=time.monotonic)
@@ -56,10 +60,22 @@ class Worker:
 
     @property
     def free_slots(self) -> int:
-        return 0 if self.draining else max(0, self.slots - len(self.busy))
+        away = self.draining or self.resting
+        return 0 if away else max(0, self.slots - len(self.busy))
 
     def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
-        return next((m for m in self.models if m.id == model and m.kind == kind), None)
+        named = next((m for m in self.models if m.id == model and m.kind == kind), None)
+        if named is None and self.offers is not None:
+            return self.offers(kind, model)
+        return named
+
+    def drains(self, lane: str) -> bool:
+        """Whether every job in this lane fits."""
+        return lane in self.lanes or (self.offers is not None and self._drains_unnamed(lane))
+
+    def _drains_unnamed(self, lane: str) -> bool:
+        served = self.serves(ModelKind(lane.split("/", 1)[0]), model_of(lane))
+        return served is not None and holds(served, lane)
 
     def model_for(self, lane: str) -> str:
         """Which of its models serves a job of this lane: the fastest, where any will do."""
@@ -156,7 +172,7 @@ class Fleet:
 
     def draining_lane(self, lane: str) -> list[Worker]:
         """Connected workers that a job in this lane fits."""
-        return [w for w in self._workers.values() if not w.draining and lane in w.lanes]
+        return [w for w in self._workers.values() if not w.draining and w.drains(lane)]
 
     def competing_lanes(self, lane: str) -> list[str]:
         """All lanes drained by workers that could take a job in `lane`: its competition."""

@@ -1,22 +1,25 @@
-"""`WS /worker`: the door of workers. One text frame registers, the rest is `router.worker_sessions`."""
+"""`WS /worker`: the door of workers. One text frame registers, the rest is the session's."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from router.core import Core
 from router.database import DatabaseUnavailable
+from router.queenbee import is_queenbee
 from router.sessions import RefusedWorker
-from router.worker_sessions import ProtocolViolation, WorkerSession
+from router.worker_sessions import ProtocolViolation
 
 log = logging.getLogger(__name__)
 
 router = APIRouter()
 REGISTRATION_S = 20.0
+QUEENBEE_PAUSE_S = 5.0
 # RFC 6455 and the IANA registry: policy violation, internal error, try again later.
 POLICY, INTERNAL, LATER = 1008, 1011, 1013
 
@@ -44,15 +47,23 @@ async def worker(socket: WebSocket) -> None:
     await socket.accept()
     connection = Socket(socket)
     session = None
+    # A QueenBee worker would take a word of ours for a job (RC-5).
+    silent = False
     try:
-        session = await _register(core, socket, connection)
+        raw = await _first_frame(socket)
+        silent = is_queenbee(raw)
+        session = await core.gate.register(raw, connection, peer=core.limiter.client(socket))
         while True:
             session.on_frame(await _receive(socket))
     except WebSocketDisconnect:
         pass
     except RefusedWorker as refused:
         log.info("worker refused code=%s", refused.answer.code)
-        await _say(connection, refused)
+        if not silent:
+            await _say(connection, refused)
+        elif not core.draining:
+            # It would be back at once (QB-P19).
+            await asyncio.sleep(QUEENBEE_PAUSE_S)
         await connection.close(LATER if refused.answer.retryable else POLICY, refused.answer.code)
     except ProtocolViolation as violation:
         log.warning("worker broke the protocol: %s", violation)
@@ -64,15 +75,14 @@ async def worker(socket: WebSocket) -> None:
             core.gate.leave(session)
 
 
-async def _register(core: Core, socket: WebSocket, connection: Socket) -> WorkerSession:
+async def _first_frame(socket: WebSocket) -> Any:
     try:
         async with asyncio.timeout(REGISTRATION_S):
-            raw = orjson.loads(await _receive(socket))
+            return orjson.loads(await _receive(socket))
     except TimeoutError:
         raise ProtocolViolation("no registration came") from None
     except orjson.JSONDecodeError:
         raise RefusedWorker("bad_registration", "the registration is not JSON") from None
-    return await core.gate.register(raw, connection)
 
 
 async def _receive(socket: WebSocket) -> str | bytes:
