@@ -29,7 +29,7 @@ from billing import bolt11_codec, ledger
 from billing.accounts import hash_secret
 from billing.errors import BadInvoice
 from billing.ledger import Transfer
-from billing.lightning import BackendError, InvoiceState, LightningBackend
+from billing.lightning import BackendError, InvoiceState, LightningBackend, Settlement
 
 log = logging.getLogger(__name__)
 
@@ -150,10 +150,23 @@ async def store_invoice(
     return issued
 
 
+@dataclass(frozen=True, slots=True)
+class Unassigned:
+    """A receipt for none of our invoices that was booked now, for the first time."""
+
+    payment_hash: str
+
+
 async def record_settlement(
-    connection: Any, *, payment_hash: str, received_msat: int, settled_at: datetime
-) -> Credit | None:
-    """Credit a receipt, once. None when it was known already, or is none of ours.
+    connection: Any,
+    *,
+    payment_hash: str,
+    received_msat: int,
+    settled_at: datetime,
+    joined_at: datetime | None = None,
+) -> Credit | Unassigned | None:
+    """Credit a receipt, once. None when it was known already, or is none of these books': the node
+    was paid it before `joined_at`.
 
     Runs in the caller's transaction, with the invoice's row locked.
     """
@@ -161,16 +174,15 @@ async def record_settlement(
         "select * from invoices where payment_hash = $1 for update", payment_hash
     )
     if row is None:
-        log.warning("receipt without an invoice of ours payment_hash=%s", payment_hash)
-        await ledger.post(
-            connection,
-            [
-                Transfer(
-                    ledger.LIGHTNING, ledger.UNASSIGNED, received_msat, "received", payment_hash
-                )
-            ],
+        if joined_at is not None and settled_at < joined_at:
+            return None
+        receipt = Transfer(
+            ledger.LIGHTNING, ledger.UNASSIGNED, received_msat, "received", payment_hash
         )
-        return None
+        if not await ledger.post(connection, [receipt]):
+            return None
+        log.warning("receipt without an invoice of ours payment_hash=%s", payment_hash)
+        return Unassigned(payment_hash)
     if row["state"] not in (State.OPEN, State.EXPIRED):
         return None
     if received_msat < row["amount_msat"]:
@@ -240,6 +252,9 @@ class InvoiceWatcher:
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
         self.stream_alive = False
+        # What the node was paid before it was used with these books is not booked: some nodes
+        # replay all that they have ever been paid.
+        self.joined_at: datetime | None = None
 
     @property
     def pushed(self) -> bool:
@@ -257,6 +272,15 @@ class InvoiceWatcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def record(self, settlement: Settlement) -> bool:
+        """Record what the node says it was paid, if it is not; whether that was news."""
+        return await self._settle(
+            settlement.payment_hash,
+            settlement.amount_received_msat,
+            settlement.settled_at,
+            cursor=None,
+        )
 
     async def check(self, payment_hash: str) -> None:
         """Ask the node about one invoice now, and credit it if it is settled."""
@@ -298,7 +322,8 @@ class InvoiceWatcher:
 
     async def _settle(
         self, payment_hash: str, received_msat: int, settled_at: datetime, cursor: str | None
-    ) -> None:
+    ) -> bool:
+        """Whether anything was booked by it."""
         after = None
         async with self._transaction() as connection:
             credit = await record_settlement(
@@ -306,8 +331,9 @@ class InvoiceWatcher:
                 payment_hash=payment_hash,
                 received_msat=received_msat,
                 settled_at=settled_at,
+                joined_at=self.joined_at,
             )
-            if credit is not None:
+            if isinstance(credit, Credit):
                 after = await self._on_credit(connection, credit)
             if cursor is not None:
                 await connection.execute(
@@ -316,7 +342,7 @@ class InvoiceWatcher:
                     self._backend.name,
                     cursor,
                 )
-        if credit is not None:
+        if isinstance(credit, Credit):
             log.info(
                 "invoice settled payment_hash=%s state=%s received_msat=%d purpose=%s",
                 payment_hash,
@@ -326,6 +352,7 @@ class InvoiceWatcher:
             )
         if after is not None:
             after()
+        return credit is not None
 
     async def _stream_for_ever(self) -> None:
         pause_s = 0.1

@@ -10,7 +10,8 @@ round. Accounts are names; docs/money.md lists them with an example for each tra
     liabilities:worker:{worker}           earned, not yet sent
     liabilities:payouts_sending           on its way out
     liabilities:unassigned                receipts that match no invoice of ours
-    income:router_fees   expenses:routing_fees   expenses:goodwill   equity:operator
+    income:router_fees   expenses:routing_fees   expenses:goodwill   expenses:node_fees
+    equity:operator                       the operator's own money in the node
 
 A transfer's id is made by its caller from what it is about (`transfer_id`), so posting it twice is
 harmless. Nothing is edited: a mistake is put right by another transfer. Only liabilities keep a
@@ -33,6 +34,7 @@ UNASSIGNED = "liabilities:unassigned"
 ROUTER_FEES = "income:router_fees"
 ROUTING_FEES = "expenses:routing_fees"
 GOODWILL = "expenses:goodwill"
+NODE_FEES = "expenses:node_fees"
 OPERATOR = "equity:operator"
 
 _LIABILITY = "liabilities:"

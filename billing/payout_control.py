@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from billing import payees, payout_moves, payout_rows
+from billing import foreign_payments, payees, payout_moves, payout_rows
 from billing.errors import BillingError
 from billing.payout_lease import lease_ends_at
 from billing.payout_states import Alert, AttemptState, PayoutKind, PayoutState, proves
@@ -27,6 +27,7 @@ class Blocked(StrEnum):
     NODE_UNREACHABLE = "node_unreachable"
     NODE_REFUSES_KEY = "node_refuses_key"
     NODE_NOT_SYNCED = "node_not_synced"
+    NOT_RECONCILED = "not_reconciled"  # the node's history was not compared with the books yet
     NODE_CHANGED = "node_changed"  # payouts are unresolved at another node than the one connected
     INSUFFICIENT_BALANCE = "insufficient_balance"
 
@@ -39,11 +40,14 @@ class NotForAPerson(BillingError):
 
 @dataclass(frozen=True, slots=True)
 class ControlState:
-    """`paused_why` None: not paused. `lease_ends_at`: until when some process is the one that pays;
-    in the past, none is alive."""
+    """`paused_why` None: not paused. `unknown_payments` of the node, which come to `unknown_msat`,
+    wait for somebody's word (billing.foreign_payments), and pause payouts as well. `lease_ends_at`:
+    until when some process is the one that pays; in the past, none is alive."""
 
     paused_why: str | None
     paused_at: datetime | None
+    unknown_payments: int
+    unknown_msat: int
     blocked: Blocked | None
     blocked_since: datetime | None
     lease_ends_at: datetime | None
@@ -59,7 +63,12 @@ async def resume(connection: Any) -> None:
 
 
 async def is_paused(connection: Any) -> bool:
-    return (await _get(connection, _PAUSED))[0] is not None
+    """Whether nothing may be sent: somebody has said so, or there are payments that nobody knows."""
+    return await connection.fetchval(
+        "select exists (select from billing_state where key = $1) or exists"
+        " (select from foreign_payments where confirmed_at is null and state <> 'failed')",
+        _PAUSED,
+    )
 
 
 async def set_blocked(connection: Any, blocked: Blocked | None, *, now: datetime) -> None:
@@ -71,10 +80,18 @@ async def set_blocked(connection: Any, blocked: Blocked | None, *, now: datetime
 
 async def control_state(connection: Any) -> ControlState:
     paused_why, paused_at = await _get(connection, _PAUSED)
+    unknown_payments, unknown_msat = await foreign_payments.held(connection)
+    if unknown_payments and paused_why is None:
+        paused_why = (
+            f"the node has made {unknown_payments} payment(s) of {unknown_msat} msat that these books"
+            " do not know: look at them, and confirm each"
+        )
     blocked, blocked_since = await _get(connection, _BLOCKED)
     return ControlState(
         paused_why=paused_why,
         paused_at=paused_at,
+        unknown_payments=unknown_payments,
+        unknown_msat=unknown_msat,
         blocked=Blocked(blocked) if blocked else None,
         blocked_since=blocked_since,
         lease_ends_at=await lease_ends_at(connection),

@@ -64,7 +64,8 @@ def utc_now() -> datetime:
 class PayoutRunner:
     """Pays. `clock` gives every time that is written; `settings` may be replaced while it runs.
 
-    `addresses` should know the node's own key, so that our own invoices are refused.
+    `addresses` should know the node's own key, so that our own invoices are refused. `reconciled`
+    says whether node and books were compared since the start: before that, nothing is sent.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class PayoutRunner:
         settings: PayoutSettings | None = None,
         clock: Clock = utc_now,
         jitter: Callable[[], float] = random.random,
+        reconciled: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._reconciled = reconciled
         self._context = PayoutContext(
             transaction=transaction,
             backend=backend,
@@ -193,6 +196,8 @@ class PayoutRunner:
             return None, Blocked.NODE_UNREACHABLE
         if not node.synced:
             return node, Blocked.NODE_NOT_SYNCED
+        if not self._reconciled():
+            return node, Blocked.NOT_RECONCILED
         async with context.transaction() as connection:
             elsewhere = await connection.fetchval(
                 "select 1 from payout_attempts where state = 'submitted' and node_pubkey <> $1"

@@ -250,6 +250,34 @@ class PayoutAttempt(SQLModel, table=True):
     ended_at: datetime | None = Field(default=None, sa_column=_time())
 
 
+class ForeignPayment(SQLModel, table=True):
+    """A payment of our node that no attempt of ours has asked for (billing.foreign_payments).
+
+    State: in_flight, succeeded, failed. `account`: who pays for it, once somebody has said so.
+    """
+
+    __tablename__ = "foreign_payments"
+    __table_args__ = (
+        Index(
+            "foreign_payments_held",
+            "payment_hash",
+            postgresql_where=text("confirmed_at is null and state <> 'failed'"),
+        ),
+    )
+    payment_hash: str = Field(sa_column=Column(Text, primary_key=True))
+    node_pubkey: str = Field(sa_column=Column(Text, nullable=False))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    amount_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    fee_msat: int = Field(sa_column=Column(BigInteger, nullable=False))
+    sent_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    seen_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    confirmed_at: datetime | None = Field(default=None, sa_column=_time())
+    account: str | None = Field(default=None, sa_column=Column(Text))
+    booked: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": text("false")}
+    )
+
+
 class BillingState(SQLModel, table=True):
     """Small facts of the payout runner: its lease with the fencing token, paused and why, blocked
     and by what. `set_at` is since when; a lease also has an end."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.admin_access import Access, fail, segment, table
+from cli.admin_money import ledger_app
 from cli.admin_work import jobs_app, payouts_app, workers_app
 
 RATES = (
@@ -36,6 +37,7 @@ app.add_typer(settings_app, name="settings")
 app.add_typer(workers_app, name="workers")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(payouts_app, name="payouts")
+app.add_typer(ledger_app, name="ledger")
 
 _SHARED = {"--router-url": True, "--token": True, "--data-dir": True, "--json": False}
 
@@ -210,37 +212,6 @@ def resume(context: typer.Context) -> None:
     """Make quotes again."""
     access: Access = context.obj
     access.show(access.post("/resume"), "quotes are made again")
-
-
-@app.command()
-def ledger(context: typer.Context) -> None:
-    """The trial balance, and what the Lightning node says it holds. Exit status 1: not in order."""
-    access: Access = context.obj
-    answer = access.get("/ledger")
-    rows = [
-        (name, value if value > 0 else None, -value if value < 0 else None)
-        for name, value in answer["lines"].items()
-        if value
-    ]
-    rows.append(("sum", answer["sum_msat"], None))
-    node = answer["node"]
-    simulated = " (simulated money)" if answer["simulated"] else ""
-    facts = [
-        ("the node holds", node["held_msat"]),
-        ("booked as there", answer["booked_msat"]),
-        ("difference", answer["difference_msat"]),
-        ("owed to clients and workers", answer["owed_msat"]),
-    ]
-    access.show(
-        answer,
-        table(f"trial balance{simulated}", ("account", "debit msat", "credit msat"), rows),
-        "",
-        table(None, ("the node's side", "msat"), facts),
-        *([f"the node did not say what it holds: {node['error']}"] if node["error"] else []),
-        *(f"[red]not in order:[/red] {problem}" for problem in answer["problems"]),
-    )
-    if not answer["in_order"]:
-        raise typer.Exit(1)
 
 
 @app.command()

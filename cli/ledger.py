@@ -1,4 +1,5 @@
-"""`satherd ledger check`: proves the books from the database alone, whether or not a router runs."""
+"""`satherd ledger check`: proves the books from the database, whether or not a router runs; with
+`--node` it asks the Lightning node what it holds as well."""
 
 from __future__ import annotations
 
@@ -8,15 +9,21 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import asyncpg
 import typer
 
+from billing import ledger
+from billing.errors import BillingError
+from billing.lightning import NodeBalance
+from billing.lightning.connect import connect
 from billing.trial_balance import TrialBalance, trial_balance
 from cli.admin_access import fail, screen, table
-from cli.router_location import data_dir
+from cli.router_location import data_dir, simulated_url
+from cli.settings_flags import BadSettings, complain, read_settings
 from router.embedded_postgres import EmbeddedPostgresError, reach
+from router.settings import Settings, backend_settings
 
 root = typer.Typer(no_args_is_help=True, add_completion=False)
 app = typer.Typer(no_args_is_help=True, help="The books of a router.")
@@ -53,6 +60,10 @@ def check(
             envvar="SATHERD_DATABASE_URL", show_envvar=True, help="A PostgreSQL of your own."
         ),
     ] = None,
+    node: Annotated[
+        bool,
+        typer.Option("--node", help="Also ask the Lightning node that the settings name."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Sum all transfers, and compare each stored balance with its own.
@@ -70,7 +81,8 @@ def check(
         raise fail("this database holds no books: has a router ever used it?", 2) from error
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
         raise fail(f"the database cannot be read: {error}", 2) from error
-    _show_json(books) if as_json else _show(books)
+    held = _ask_node(directory) if node else None
+    _show_json(books, held) if as_json else _show(books, held)
     if not books.in_order:
         for problem in _problems(books):
             print(f"error: {problem}", file=sys.stderr)
@@ -97,13 +109,61 @@ async def _where(database_url: str | None, folder: Path) -> AsyncIterator[str]:
             yield url
 
 
+def _ask_node(directory: Path | None) -> NodeBalance:
+    """What the node says it holds. Ends the program where it does not say."""
+    try:
+        settings = read_settings(Settings, [], prog="satherd ledger check")
+        if settings.simulated and settings.simulated_url is None:
+            settings.simulated_url = simulated_url(data_dir(directory))
+        return asyncio.run(_balance(settings))
+    except BadSettings as error:
+        raise typer.Exit(complain(error)) from error
+    except (BillingError, ValueError) as error:
+        raise fail(f"the node does not say what it holds: {error}", 2) from error
+
+
+async def _balance(settings: Settings) -> NodeBalance:
+    backend = connect(settings.lightning, **backend_settings(settings))
+    try:
+        return await backend.balance()
+    finally:
+        await backend.aclose()
+
+
+def _both_sides(books: TrialBalance, held: NodeBalance) -> list[tuple[str, int]]:
+    """The node's side, the books' side, and what lies between."""
+    booked_msat = books.lines.get(ledger.LIGHTNING, 0)
+    return [
+        ("the node can send", held.spendable_msat),
+        ("it has on its way out", held.pending_msat),
+        ("it has in reserves, or away", held.reserve_msat),
+        ("so it holds", held.held_msat),
+        ("booked as there", booked_msat),
+        ("difference", held.held_msat - booked_msat),
+    ]
+
+
+def _explained(difference_msat: int) -> str:
+    if difference_msat == 0:
+        return "The node holds what is booked."
+    if difference_msat > 0:
+        return (
+            "More than is booked: money of the operator's (`satherd admin ledger book deposit`), or a"
+            " payment that is moving at this moment."
+        )
+    return (
+        "Less than is booked: what channels have cost (`satherd admin ledger book node_fee`), a"
+        " withdrawal of the operator's, a payment that is moving at this moment, or money missing."
+    )
+
+
 def _problems(books: TrialBalance) -> list[str]:
     if books.sum_msat == 0:
         return books.problems
     return [f"debits and credits differ by {books.sum_msat} msat", *books.problems]
 
 
-def _show(books: TrialBalance) -> None:
+def _show(books: TrialBalance, held: NodeBalance | None) -> None:
     rows = [
         (name, value if value > 0 else None, -value if value < 0 else None)
         for name, value in books.lines.items()
@@ -116,16 +176,28 @@ def _show(books: TrialBalance) -> None:
     console.print(f"\ndebits {debits} msat, credits {credits} msat, difference {books.sum_msat}")
     if books.in_order:
         console.print("[green]The books are in order.[/green]")
+    if held is not None:
+        sides = _both_sides(books, held)
+        console.print("", table(None, ("node and books", "msat"), sides))
+        console.print(_explained(sides[-1][1]), soft_wrap=True)
 
 
-def _show_json(books: TrialBalance) -> None:
-    typer.echo(
-        json.dumps(
-            {
-                "in_order": books.in_order,
-                "sum_msat": books.sum_msat,
-                "lines": books.lines,
-                "problems": _problems(books),
-            }
-        )
-    )
+def _show_json(books: TrialBalance, held: NodeBalance | None) -> None:
+    answer: dict[str, Any] = {
+        "in_order": books.in_order,
+        "sum_msat": books.sum_msat,
+        "lines": books.lines,
+        "problems": _problems(books),
+    }
+    if held is not None:
+        booked_msat = books.lines.get(ledger.LIGHTNING, 0)
+        answer["node"] = {
+            "spendable_msat": held.spendable_msat,
+            "pending_msat": held.pending_msat,
+            "reserve_msat": held.reserve_msat,
+            "receivable_msat": held.receivable_msat,
+            "held_msat": held.held_msat,
+        }
+        answer["booked_msat"] = booked_msat
+        answer["difference_msat"] = held.held_msat - booked_msat
+    typer.echo(json.dumps(answer))

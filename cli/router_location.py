@@ -26,11 +26,20 @@ def find_router_url(given: str | None, directory: Path | None = None) -> str:
     return url
 
 
+def simulated_url(directory: Path) -> str | None:
+    """Where the simulated network of the `satherd up` in that directory listens; None: none runs."""
+    return _said_by_up(directory, "lightning")
+
+
 def _url_of_up(directory: Path) -> str | None:
+    return _said_by_up(directory, "url")
+
+
+def _said_by_up(directory: Path, name: str) -> str | None:
     try:
         running = json.loads((directory / "up.json").read_text())
     except (OSError, ValueError):
         # Not there, not ours to read, or half written by a router that is starting.
         return None
-    url = running.get("url") if isinstance(running, dict) else None
+    url = running.get(name) if isinstance(running, dict) else None
     return url if isinstance(url, str) else None

@@ -111,7 +111,7 @@ async def books(core: Core) -> dict[str, Any]:
     async with core.database.transaction("repeatable_read") as connection:
         trial = await trial_balance(connection)
     booked_msat = trial.lines.get(ledger.LIGHTNING, 0)
-    held_msat = None if node is None else node.spendable_msat + node.pending_msat
+    held_msat = None if node is None else node.held_msat
     liabilities = sum(v for name, v in trial.lines.items() if name.startswith("liabilities:"))
     return {
         "in_order": trial.in_order,
@@ -122,12 +122,13 @@ async def books(core: Core) -> dict[str, Any]:
         "node": {
             "spendable_msat": node.spendable_msat if node else None,
             "pending_msat": node.pending_msat if node else None,
+            "reserve_msat": node.reserve_msat if node else None,
             "receivable_msat": node.receivable_msat if node else None,
             "held_msat": held_msat,
             "error": error,
         },
         "booked_msat": booked_msat,
-        # More than is booked is the operator's own money in the node; less is money missing.
+        # More than is booked is the operator's own money, which he has not booked; less is missing.
         "difference_msat": None if held_msat is None else held_msat - booked_msat,
         "at": time_text(core.clock()),
         "network": core.node.network,

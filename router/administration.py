@@ -242,8 +242,11 @@ async def decide_payout(
     return state
 
 
-async def pause_payouts(core: Core, why: str | None) -> None:
-    """Send nothing more; what is on its way is still looked up. None goes on."""
+async def pause_payouts(core: Core, why: str | None) -> str | None:
+    """Send nothing more; what is on its way is still looked up. None goes on.
+
+    Returns why payouts are paused now: what nobody has confirmed goes on pausing them.
+    """
     async with changing(core) as connection:
         before = (await payout_control.control_state(connection)).paused_why
         if why is None:
@@ -253,3 +256,4 @@ async def pause_payouts(core: Core, why: str | None) -> None:
         after = (await payout_control.control_state(connection)).paused_why
         await note(connection, "payouts.pause", "payouts", {"paused": before}, {"paused": after})
     core.payouts.wake()
+    return after

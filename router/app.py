@@ -27,10 +27,12 @@ from billing.outside_http import OutsideHttp
 from billing.outside_url import OutsideRules
 from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
+from billing.reconciliation import Reconciler, joined_at
 from billing.withdrawals import Withdrawals
 from router import administration, job_store, job_submits, receipts, worker_controls, workers
 from router.api import (
     admin,
+    admin_money,
     admin_work,
     balance,
     balance_keys,
@@ -119,6 +121,7 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
         docs,
         worker_doors,
         admin,
+        admin_money,
         admin_work,
         operations,
     )
@@ -254,8 +257,16 @@ def _join(
         lambda connection, credit: _on_credit(core, connection, credit),
         clock=clock,
     )
+    reconciler = Reconciler(
+        database.transaction, backend, watcher, clock=clock, on_done=lambda: core.payouts.wake()
+    )
     payouts = PayoutRunner(
-        database.transaction, backend, addresses, settings=_payout_settings(settings), clock=clock
+        database.transaction,
+        backend,
+        addresses,
+        settings=_payout_settings(settings),
+        clock=clock,
+        reconciled=lambda: reconciler.ready,
     )
     gate = WorkerGate(database, settings, fleet, models, attempts, addresses, clock=clock)
     core = Core(
@@ -279,6 +290,7 @@ def _join(
         watcher=watcher,
         addresses=addresses,
         payouts=payouts,
+        reconciler=reconciler,
         withdrawals=Withdrawals(
             database.transaction,
             backend,
@@ -343,6 +355,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         core.writer,
         core.jobs.hub,
         core.watcher,
+        core.reconciler,
         core.dispatcher,
         core.maintenance,
         core.gate,
@@ -373,6 +386,7 @@ async def _load(core: Core) -> None:
         core.fleet.set_edges(await workers.load_edges(connection))
         await core.runtime.load(connection)
         await receipts.publish(connection, core.receipts.key)
+        core.watcher.joined_at = await joined_at(connection, core.node.pubkey, now=core.clock())
 
 
 async def _refresh_for_ever(core: Core) -> None:

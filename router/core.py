@@ -11,6 +11,7 @@ from billing.l402 import MasterSecrets
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning_address import LightningAddresses
 from billing.payouts import PayoutRunner
+from billing.reconciliation import Reconciler
 from billing.withdrawals import Withdrawals
 from router.attempts import Attempts
 from router.database import BatchingWriter, Database
@@ -50,6 +51,7 @@ class Core:
     watcher: InvoiceWatcher
     addresses: LightningAddresses
     payouts: PayoutRunner
+    reconciler: Reconciler
     withdrawals: Withdrawals
     keys: KeyRing
     door_ids: DoorIds

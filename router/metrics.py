@@ -132,8 +132,31 @@ def _families(reading: Reading) -> Iterator[Metric]:
         yield from _booked(core, reading.books)
     yield _one("node_up", "Whether the Lightning node answered.", int(reading.node is not None))
     if reading.node is not None:
-        yield _one("node_spendable_msat", "What the node can send.", reading.node.spendable_msat)
-        yield _one("node_pending_msat", "What the node has in HTLCs.", reading.node.pending_msat)
+        yield from _held(reading.node)
+    yield from _compared(core)
+
+
+def _held(node: NodeBalance) -> Iterator[Metric]:
+    yield _one("node_held_msat", "All that is ours in the node.", node.held_msat)
+    yield _one("node_spendable_msat", "What the node can send.", node.spendable_msat)
+    yield _one("node_pending_msat", "What the node has in HTLCs.", node.pending_msat)
+    yield _one("node_reserve_msat", "What is in reserves or away for now.", node.reserve_msat)
+    if node.receivable_msat is not None:
+        yield _one("node_receivable_msat", "What the node can be paid.", node.receivable_msat)
+
+
+def _compared(core: Core) -> Iterator[Metric]:
+    """What the last comparison of node and books has found; absent before the first."""
+    yield _one("reconciled", "Whether there was one since the start.", int(core.reconciler.ready))
+    last = core.reconciler.last
+    if last is not None:
+        age_s = (core.clock() - last.at).total_seconds()
+        yield _one("reconciled_age_seconds", "Age of the last comparison.", age_s)
+        yield _one(
+            "books_difference_msat",
+            "What the node held then beyond what is booked; below zero, money is missing.",
+            last.difference_msat,
+        )
 
 
 def _work(core: Core) -> Iterator[Metric]:
@@ -196,6 +219,12 @@ def _booked(core: Core, books: Books) -> Iterator[Metric]:
     yield _by("payout_alerts", "Payouts that wait for a person.", "alert", alerts)
     paused = int(books.control.paused_why is not None)
     yield _one("payouts_paused", "Whether nothing is paid out until an admin says so.", paused)
+    yield _one(
+        "payouts_unknown_payments",
+        "Payments of the node that wait for an operator's word; nothing is paid out meanwhile.",
+        books.control.unknown_payments,
+    )
+    yield _one("payouts_unknown_msat", "What they come to.", books.control.unknown_msat)
     blocked = books.control.blocked
     yield _by(
         "payouts_blocked",

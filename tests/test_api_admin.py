@@ -37,7 +37,11 @@ ROUTES = [
     ("POST", "/admin/payouts/p/decide"),
     ("POST", "/admin/payouts/pause"),
     ("POST", "/admin/payouts/resume"),
+    ("GET", "/admin/payouts/unknown"),
+    ("POST", "/admin/payouts/unknown/h/confirm"),
     ("GET", "/admin/ledger"),
+    ("POST", "/admin/ledger/book"),
+    ("POST", "/admin/ledger/reconcile"),
     ("GET", "/admin/audit"),
 ]
 

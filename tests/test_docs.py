@@ -64,9 +64,7 @@ def test_money_md_names_every_account_of_the_ledger() -> None:
     ]
     assert len(accounts) >= 6
     for account in accounts:
-        # The operator's own money in the node is not booked; the page says so.
-        if account != ledger.OPERATOR:
-            assert f"`{account}`" in text, account
+        assert f"`{account}`" in text, account
 
 
 def test_the_worked_example_of_money_md_is_what_the_code_reckons() -> None:

@@ -151,7 +151,8 @@ async def test_an_underpaid_invoice_is_credited_and_starts_nothing(router: Rig):
                 received_msat=due["amount_msat"] - 1,
                 settled_at=core.clock(),
             )
-            assert credit is not None and credit.state is invoices.State.UNDERPAID
+            assert isinstance(credit, invoices.Credit)
+            assert credit.state is invoices.State.UNDERPAID
             assert await core.quotes.on_credit(connection, credit) == []
         assert (await state_of(router, made["quote_id"]))["state"] == "late"
         await worker.nothing()

@@ -148,12 +148,6 @@ async def resume(request: Request) -> Response:
     return answer({"paused": None})
 
 
-@router.get("/ledger")
-async def show_books(request: Request) -> Response:
-    """The trial balance, which must be zero, beside what the node says it holds."""
-    return answer(await admin_views.books(core_of(request)))
-
-
 @router.get("/audit")
 async def list_changes(request: Request) -> Response:
     """Every change: who, when, before, after; newest first."""

@@ -121,6 +121,8 @@ async def list_payouts(request: Request) -> Response:
             "cursor": page.cursor,
             "paused": control.paused_why,
             "paused_at": time_text(control.paused_at),
+            "unknown_payments": control.unknown_payments,
+            "unknown_msat": control.unknown_msat,
             "blocked": control.blocked.value if control.blocked else None,
             "blocked_since": time_text(control.blocked_since),
             "unresolved": {
@@ -146,8 +148,9 @@ async def pause_payouts(request: Request) -> Response:
 
 @router.post("/payouts/resume")
 async def resume_payouts(request: Request) -> Response:
-    await administration.pause_payouts(core_of(request), None)
-    return answer({"paused": False})
+    """Send again what is due. What nobody has confirmed (`/payouts/unknown`) still pauses it."""
+    why = await administration.pause_payouts(core_of(request), None)
+    return answer({"paused": why is not None, "reason": why})
 
 
 @router.post("/payouts/{payout_id}/retry")
