@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
+from billing.l402 import MasterSecrets
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning.connect import connect
 from billing.lightning_address import LightningAddresses
@@ -51,20 +52,25 @@ from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors
 from router.api.shortcut import Shortcut
 from router.attempts import Attempts
+from router.bus import Bus, Exchange, InProcessBus
 from router.core import Core
 from router.database import BatchingWriter, Database, DatabaseUnavailable, migrate, patiently
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
 from router.embedded_postgres import EmbeddedPostgres
+from router.far_jobs import FarJobs
 from router.job_stream import StreamHub
 from router.jobs import Jobs
 from router.key_ring import KeyRing
 from router.maintenance import Maintenance
 from router.market import Market
 from router.models import Models
+from router.nats_bus import NatsBus
+from router.presence import Presence
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer, ReceiptKey
+from router.relay import Relay
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.secret_files import master_secrets, receipt_seed, router_id
@@ -85,12 +91,17 @@ class CannotStart(Exception):
     """The router cannot start as it is configured; the message says what to do."""
 
 
-def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
-    """The web application of one router; its parts start and stop with its lifespan."""
+def create_app(
+    settings: Settings, *, clock: Callable = utc_now, exchange: Exchange | None = None
+) -> FastAPI:
+    """The web application of one router; its parts start and stop with its lifespan.
+
+    `exchange` joins it to other routers in this process, where no NATS server does.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running_core(settings, clock=clock) as core:
+        async with running_core(settings, clock=clock, exchange=exchange) as core:
             app.state.core = core
             app.state.drain = partial(drain, core)
             if settings.simulated:
@@ -139,8 +150,15 @@ def create_app(settings: Settings, *, clock: Callable = utc_now) -> FastAPI:
 
 
 @asynccontextmanager
-async def running_core(settings: Settings, *, clock: Callable = utc_now) -> AsyncIterator[Core]:
+async def running_core(
+    settings: Settings, *, clock: Callable = utc_now, exchange: Exchange | None = None
+) -> AsyncIterator[Core]:
     """All parts of a router, started in order and stopped in the reverse order."""
+    if settings.nats_url is not None and settings.secret is None:
+        raise CannotStart(
+            "set SATHERD_SECRET, the same at every router: SATHERD_NATS_URL joins it to others, whose"
+            " credentials it must know (make one with: openssl rand -hex 32)"
+        )
     async with AsyncExitStack() as stack:
         url = await _database_url(settings, stack)
         patience_s = OWN_PATIENCE_S if settings.database_url is None else OTHERS_PATIENCE_S
@@ -150,7 +168,7 @@ async def running_core(settings: Settings, *, clock: Callable = utc_now) -> Asyn
         stack.push_async_callback(backend.aclose)
         node = await _node(backend, settings)
         await _check_books(database, node, clock)
-        core = _join(settings, database, backend, node, clock)
+        core = _join(settings, database, backend, node, clock, exchange)
         await _start(core, stack)
         log.info(
             "router started network=%s simulated=%s router=%s",
@@ -209,6 +227,7 @@ def _join(
     backend: LightningBackend,
     node: NodeInfo,
     clock: Callable,
+    exchange: Exchange | None,
 ) -> Core:
     secrets = master_secrets(settings)
     this_router = router_id(settings)
@@ -234,6 +253,11 @@ def _join(
         },
     )
     attempts = Attempts(database, writer, models, market, hub, max_attempts=settings.max_attempts)
+    relay = Relay(
+        _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
+    )
+    presence = Presence(database, models, market, relay, router_id=this_router)
+    far_jobs = FarJobs(database, hub, relay, others=lambda: presence.others > 0)
     job_core = Jobs(
         database,
         writer,
@@ -241,6 +265,8 @@ def _join(
         market,
         hub,
         attempts,
+        relay,
+        router_id=this_router,
         token_secret=hmac.new(secrets.current, b"job-tokens", hashlib.sha256).digest(),
         max_multiplier=settings.max_multiplier,
     )
@@ -313,6 +339,9 @@ def _join(
         ),
         jobs=job_core,
         attempts=attempts,
+        relay=relay,
+        far_jobs=far_jobs,
+        presence=presence,
         gate=gate,
         dispatcher=Dispatcher(
             database,
@@ -336,9 +365,21 @@ def _join(
         ),
         webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
     )
-    attempts.on_work = core.dispatcher.wake
+    attempts.on_work = partial(_on_work, core)
+    relay.on_work = core.dispatcher.wake
+    relay.bus.on_up = partial(_on_bus_up, core)
     gate.on_idle = core.dispatcher.wake
     return core
+
+
+def _bus(
+    settings: Settings, secrets: MasterSecrets, this_router: str, exchange: Exchange | None
+) -> Bus:
+    if settings.nats_url is None:
+        return InProcessBus(this_router, exchange)
+    # Routers of one market share a secret, and no other market knows its name.
+    market = hmac.new(secrets.current, b"bus", hashlib.sha256).hexdigest()[:24]
+    return NatsBus(this_router, settings.nats_url.get_secret_value(), market=market)
 
 
 def _payout_settings(settings: Settings) -> PayoutSettings:
@@ -354,6 +395,9 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
     for part in (
         core.writer,
         core.jobs.hub,
+        core.relay.bus,
+        core.presence,
+        core.far_jobs,
         core.watcher,
         core.reconciler,
         core.dispatcher,
@@ -364,6 +408,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
     ):
         part.start()
         stack.push_async_callback(_stop, part.stop)
+    stack.push_async_callback(core.relay.stop)
     lost = await patiently(core.maintenance.take_back_own, patience_s=OWN_PATIENCE_S)
     await patiently(core.maintenance.cancel_abandoned, patience_s=OWN_PATIENCE_S)
     if lost:
@@ -402,6 +447,20 @@ async def _refresh_for_ever(core: Core) -> None:
             log.warning("settings not refreshed: %r", error)
 
 
+def _on_bus_up(core: Core) -> None:
+    """The bus is there, or there again: what was said meanwhile was not heard."""
+    core.presence.say()
+    core.relay.ask_all_again()
+    core.far_jobs.look_at_all()
+    core.dispatcher.wake()
+
+
+def _on_work(core: Core) -> None:
+    """Something waits for a worker, here or at another router."""
+    core.dispatcher.wake()
+    core.relay.tell_work()
+
+
 async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:
     """What a payment starts, in the transaction that credits it; then what to tell the process."""
     match credit.purpose:
@@ -411,7 +470,7 @@ async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[]
         case Purpose.BUMP:
             job_id, _, offer_msat = credit.reference.partition(":")
             await core.jobs.bump_in(connection, job_id, int(offer_msat))
-            return core.dispatcher.wake
+            return core.attempts.on_work
         case Purpose.TOPUP:
             return None
 

@@ -98,6 +98,7 @@ class Attempts:
         self._endings: set[asyncio.Task] = set()
         self.running: dict[str, RunningAttempt] = {}
         self.on_work: Callable[[], None] = lambda: None
+        self.on_started: Callable[[Claimed], None] = lambda claimed: None
         self.tally = Tally()
 
     def begin(self, claimed: Claimed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
@@ -109,6 +110,7 @@ class Attempts:
         self.running[claimed.job_id] = running
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
         self._market.touch()
+        self.on_started(claimed)
         log.info(
             "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
         )
@@ -178,6 +180,14 @@ class Attempts:
         answer = self._answer(running, "stop", delivered, charged, None)
         await self._end_running(running, Event.CANCEL, reason, charged, answer, "cancelled")
         return True
+
+    def cancel_later(self, job_id: str, reason: str) -> None:
+        """Stop a job if it runs here, for somebody who learns of it from the database."""
+        if job_id in self.running:
+            self._background(self._cancel(job_id, reason))
+
+    async def _cancel(self, job_id: str, reason: str) -> None:
+        await self.cancel(job_id, reason)
 
     async def _finish(
         self,

@@ -17,14 +17,17 @@ from router.attempts import Attempts
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
+from router.far_jobs import FarJobs
 from router.jobs import Jobs
 from router.key_ring import KeyRing
 from router.maintenance import Maintenance
 from router.market import Market
 from router.models import Models
+from router.presence import Presence
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer
+from router.relay import Relay
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.settings import Settings
@@ -62,6 +65,9 @@ class Core:
     jobs: Jobs
     limiter: RateLimits
     attempts: Attempts
+    relay: Relay
+    far_jobs: FarJobs
+    presence: Presence
     gate: WorkerGate
     dispatcher: Dispatcher
     maintenance: Maintenance

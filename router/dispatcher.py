@@ -33,7 +33,8 @@ def may_take(worker: Worker, candidate: Candidate, able: Sequence[Worker]) -> bo
     """
     if candidate.job_id in worker.busy:
         return False
-    return worker.id not in candidate.tried_by or all(w.id in candidate.tried_by for w in able)
+    tried_by = candidate.tried_by
+    return not worker.has_tried(tried_by) or all(w.has_tried(tried_by) for w in able)
 
 
 def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:

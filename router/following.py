@@ -19,7 +19,7 @@ from router.database import DatabaseUnavailable
 from router.errors import AnswerDelayed, JobWiped
 from router.job_states import State
 from router.job_stream import JobStream, Piece, pieces_after, place, seq_of
-from router.job_views import Outcome, outcome_of
+from router.job_views import Outcome, answer_calls, answer_text, outcome_of
 from router.jobs import Jobs
 
 PLACE_EVERY_S = 2.0
@@ -222,6 +222,7 @@ async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
     if ended is not None and stream.outcome is None:
         jobs.hub.drop(job_id)
         return None, row
+    jobs.found(row)
     return stream, row
 
 
@@ -252,21 +253,6 @@ def _readable(ended: Outcome | None) -> Outcome:
     return ended
 
 
-def answer_text(ended: Outcome) -> str:
-    """The text of a chat or completion answer; empty for other kinds, or without an answer."""
-    for choice in (ended.result or {}).get("choices", ()):
-        return choice.get("text") or (choice.get("message") or {}).get("content") or ""
-    return ""
-
-
-def answer_calls(ended: Outcome) -> list[dict[str, Any]]:
-    """The tool calls of a chat answer, each with its index as in a delta."""
-    for choice in (ended.result or {}).get("choices", ()):
-        calls = (choice.get("message") or {}).get("tool_calls") or ()
-        return [{"index": index, **call} for index, call in enumerate(calls)]
-    return []
-
-
 def _joined(pieces: list[Piece]) -> list[Piece]:
     """Neighbouring texts as one piece: a reader that is behind catches up in one event."""
     if len(pieces) < 2:
@@ -279,5 +265,9 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 def leave(jobs: Jobs, stream: JobStream) -> None:
     """Be a reader no more."""
     stream.readers -= 1
-    if stream.outcome is not None and not stream.readers:
+    if stream.readers:
+        return
+    if stream.outcome is not None:
         jobs.hub.drop(stream.job_id)
+    else:
+        jobs.left(stream)

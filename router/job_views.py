@@ -60,6 +60,21 @@ def outcome_of(row: Any) -> Outcome | None:
     )
 
 
+def answer_text(ended: Outcome) -> str:
+    """The text of a chat or completion answer; empty for other kinds, or without an answer."""
+    for choice in (ended.result or {}).get("choices", ()):
+        return choice.get("text") or (choice.get("message") or {}).get("content") or ""
+    return ""
+
+
+def answer_calls(ended: Outcome) -> list[dict[str, Any]]:
+    """The tool calls of a chat answer, each with its index as in a delta."""
+    for choice in (ended.result or {}).get("choices", ()):
+        calls = (choice.get("message") or {}).get("tool_calls") or ()
+        return [{"index": index, **call} for index, call in enumerate(calls)]
+    return []
+
+
 def job_view(row: Any) -> dict[str, Any]:
     """A job as `GET /jobs/{id}` shows it, without its place in the queue."""
     outcome = outcome_of(row)

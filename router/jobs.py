@@ -24,16 +24,20 @@ from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseU
 from router.errors import BadRequest, JobNotWaiting, NoSuchJob, NotEnoughBalance
 from router.job_records import Ending, NewQuote, Submission, Submitted
 from router.job_states import Event, State
-from router.job_stream import StreamHub
+from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, job_view, outcome_of
 from router.market import Market, Place
 from router.models import Models
+from router.relay import Relay
 
 log = logging.getLogger(__name__)
 
 # How long a client waits to hear what became of a submission that the database did not answer.
 UNSURE_S = 15.0
 AGAIN_S = 0.2
+# How long a cancel waits for the router that runs the job.
+CANCEL_S = 5.0
+CANCEL_LOOK_S = 0.05
 
 
 class Jobs:
@@ -47,7 +51,9 @@ class Jobs:
         market: Market,
         hub: StreamHub,
         attempts: Attempts,
+        relay: Relay,
         *,
+        router_id: str,
         token_secret: bytes,
         max_multiplier: int,
     ) -> None:
@@ -56,6 +62,8 @@ class Jobs:
         self._models = models
         self._market = market
         self._attempts = attempts
+        self._relay = relay
+        self._router_id = router_id
         self._token_secret = token_secret
         self._max_multiplier = max_multiplier
         self._tasks: set[asyncio.Task[None]] = set()
@@ -144,7 +152,17 @@ class Jobs:
             if stream is not None and stream.state is State.AWAITING_PAYMENT:
                 stream.restart(State.QUEUED, 0)
         self._market.touch()
+        self._relay.tell_paid(job_ids)
         self._attempts.on_work()
+
+    def found(self, row: Any) -> None:
+        """A job was found alive and will be read here: of one that runs elsewhere we ask there."""
+        if row["state"] == State.RUNNING and row["router_id"] != self._router_id:
+            self._relay.follow(row["id"], row["router_id"], row["attempt"])
+
+    def left(self, stream: JobStream) -> None:
+        """The last reader of a job that is alive has gone."""
+        self._relay.left(stream)
 
     def token(self, job_id: str) -> str:
         """The secret that opens a job, beside its payer's credential."""
@@ -197,18 +215,44 @@ class Jobs:
                 float(wipe_after_s),
             )
 
-    async def cancel(self, job_id: str, *, reason: str = "cancelled") -> Outcome:
+    async def cancel(self, job_id: str, *, reason: str = "cancelled") -> Outcome | None:
         """End a job at its payer's wish: free while it waits, settled as it stands while it runs.
 
-        A job that has ended stays as it ended. Raises NoSuchJob.
+        A job that has ended stays as it ended. None: it runs at another router, which has not
+        answered; that router cancels it as soon as it is told, or whoever takes it back from there.
+        Raises NoSuchJob.
         """
-        if not await self._attempts.cancel(job_id, reason):
-            await self._attempts.end(Ending(job_id, Event.CANCEL, reason))
-        outcome = outcome_of(await self.row(job_id))
-        if outcome is None:
+        while True:
+            if not await self._attempts.cancel(job_id, reason):
+                row = await self.row(job_id)
+                if row["state"] == State.RUNNING and row["router_id"] != self._router_id:
+                    return await self._cancel_elsewhere(job_id, reason)
+                # Only this attempt: one that another router claims meanwhile is cancelled there.
+                await self._attempts.end(
+                    Ending(job_id, Event.CANCEL, reason, attempt=row["attempt"])
+                )
+            outcome = outcome_of(await self.row(job_id))
+            if outcome is not None:
+                return outcome
             # It was claimed or given back while we looked: now it is where the next try finds it.
-            return await self.cancel(job_id, reason=reason)
-        return outcome
+
+    async def _cancel_elsewhere(self, job_id: str, reason: str) -> Outcome | None:
+        """Write down that a job is to be cancelled, tell its router, and wait for its answer."""
+        async with self._database.connection() as connection:
+            at = await connection.fetchval(
+                "update jobs set cancel_reason = $2 where id = $1 and state = 'running'"
+                " returning router_id",
+                job_id,
+                reason,
+            )
+        if at is not None:
+            self._relay.ask_cancel(job_id, at, reason)
+        until = time.monotonic() + CANCEL_S
+        while True:
+            outcome = outcome_of(await self.row(job_id))
+            if outcome is not None or time.monotonic() > until:
+                return outcome
+            await asyncio.sleep(CANCEL_LOOK_S)
 
     async def bump(
         self,

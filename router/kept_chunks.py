@@ -17,7 +17,7 @@ select * from unnest($1::text[], $2::int[], $3::bigint[], $4::text[], $5::bigint
 on conflict (job_id, n, start) do update set text = excluded.text, tokens = excluded.tokens"""
 
 _SHOW = """
-update jobs j set shown = t.shown, first_token_at = t.first_token_at
+update jobs j set shown = j.shown or t.shown, first_token_at = t.first_token_at
 from unnest($1::text[], $2::int[], $3::bool[], $4::timestamptz[])
     t(id, attempt, shown, first_token_at)
 where j.id = t.id and j.attempt = t.attempt and j.state = 'running'"""

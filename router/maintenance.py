@@ -74,7 +74,7 @@ class Maintenance:
         loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
             (KEEP_S, [self.keep_chunks]),
             (self._settings.lease_s / 4, [self.renew_leases]),
-            (2.0, [self.take_back_lost, self.expire_waits, self.expire_quotes]),
+            (2.0, [self.cancel_asked, self.take_back_lost, self.expire_waits, self.expire_quotes]),
             (5.0, [self.keep_records, self.finer_lanes]),
             (10.0, [self.wipe, self.forget_queue_changes]),
         ]
@@ -137,6 +137,23 @@ class Maintenance:
             await self._attempts.end(Ending(row["id"], Event.CANCEL, "client_gone"))
         return len(rows)
 
+    async def cancel_asked(self) -> None:
+        """Cancel what another router was asked to cancel and runs here, or waits again."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select id, state, attempt, cancel_reason from jobs where cancel_reason is not null"
+                " and (state = 'running' and router_id = $1 or state = 'queued') limit $2",
+                self._router_id,
+                _BATCH,
+            )
+        for row in rows:
+            if row["state"] == State.QUEUED:
+                await self._attempts.end(
+                    Ending(row["id"], Event.CANCEL, row["cancel_reason"], attempt=row["attempt"])
+                )
+            else:
+                self._attempts.cancel_later(row["id"], row["cancel_reason"])
+
     async def take_back_lost(self) -> int:
         """Jobs of any router whose lease has run out, and jobs of ours that nobody runs.
 
@@ -182,6 +199,18 @@ class Maintenance:
                 "select ln_url is not null from payees where id = $1", claimed.worker_id
             )
         if not (row["shown"] and said):
+            if row["cancel_reason"]:
+                await self._attempts.end(
+                    Ending(
+                        claimed.job_id,
+                        Event.CANCEL,
+                        row["cancel_reason"],
+                        attempt=claimed.attempt,
+                        outcome="lost",
+                        blame="router",
+                    )
+                )
+                return
             if claimed.attempt < self._settings.max_attempts:
                 await self._attempts.give_back(claimed, "lost", "router", "lease ended")
                 return

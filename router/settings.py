@@ -50,9 +50,10 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         default=None, description="A PostgreSQL of your own in place of the embedded one."
     )
-    nats_url: str | None = Field(
+    nats_url: SecretStr | None = Field(
         default=None,
-        description="The NATS server between several routers on one database; unset: one router.",
+        description="The NATS server between several routers on one database, such as"
+        " nats://127.0.0.1:4222; several, comma separated, of one cluster; unset: one router.",
     )
     admin_token: SecretStr = Field(
         default=SecretStr(""),

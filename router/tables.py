@@ -12,6 +12,7 @@
     webhooks   who is to be told that a job has ended, until he has been told
     receipt_keys  the public keys of all routers that ever signed receipts here
     door_ids   what opens a job at a door where clients ask again and again
+    routers    which routers share this database, and what their workers can take
 
 Texts of strangers (requests, answers) live in `quotes.request`, `jobs.spec`, `jobs.result` and
 `job_chunks` only: these are what gets wiped.
@@ -78,7 +79,8 @@ class JobRow(SQLModel, table=True):
     (`router.choices`); `model` and `rates` are then those of the model that serves it, or served it
     last, and of the dearest before.
     `attached_to`: the router that holds the connection of a client who takes the job along when it
-    goes; when that router dies, so does the connection.
+    goes; when that router dies, so does the connection. `cancel_reason`: it is to be cancelled by the
+    router that runs it, for this reason.
     """
 
     __tablename__ = "jobs"
@@ -94,6 +96,11 @@ class JobRow(SQLModel, table=True):
         ),
         Index("jobs_wipe", "wipe_at", postgresql_where=text("wipe_at is not null")),
         Index("jobs_created", "created_at"),
+        Index(
+            "jobs_to_cancel",
+            "router_id",
+            postgresql_where=text("cancel_reason is not null and state in ('queued', 'running')"),
+        ),
         Index(
             "jobs_alive_of_account",
             "account_id",
@@ -125,6 +132,7 @@ class JobRow(SQLModel, table=True):
     router_id: str | None = Field(default=None, sa_column=Column(Text))
     attached_to: str | None = Field(default=None, sa_column=Column(Text))
     webhook: str | None = Field(default=None, sa_column=Column(Text))
+    cancel_reason: str | None = Field(default=None, sa_column=Column(Text))
     lease_ends_at: datetime | None = Field(default=None, sa_column=_time())
     wait_ends_at: datetime | None = Field(default=None, sa_column=_time())
     created_at: datetime = Field(sa_column=_now())
@@ -213,11 +221,15 @@ class JobChunk(SQLModel, table=True):
 
 
 class WorkerRow(SQLModel, table=True):
-    """A worker, known by the hash of its key. Where it is paid stands in `payees`."""
+    """A worker, known by the hash of its key. Where it is paid stands in `payees`.
+
+    `router_id`: the router that it is connected to, as that router last said.
+    """
 
     __tablename__ = "workers"
     id: str = Field(sa_column=Column(Text, primary_key=True))
     key_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False, unique=True))
+    router_id: str | None = Field(default=None, sa_column=Column(Text))
     name: str | None = Field(default=None, sa_column=Column(Text))
     models: list = Field(sa_column=Column(JSONB, nullable=False))
     hardware: dict = Field(sa_column=Column(JSONB, nullable=False))
@@ -240,6 +252,19 @@ class WorkerRow(SQLModel, table=True):
         default=1.0, sa_column=Column(Float, nullable=False, server_default="1")
     )
     speeds: dict = Field(sa_column=Column(JSONB, nullable=False, server_default="{}"))
+
+
+class RouterRow(SQLModel, table=True):
+    """A router that lives, or lived not long ago: `seen_at` moves while it does.
+
+    `workers` is what the workers connected to it can take, summed up (`router.presence`).
+    """
+
+    __tablename__ = "routers"
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    started_at: datetime = Field(sa_column=_now())
+    seen_at: datetime = Field(sa_column=_now())
+    workers: list = Field(sa_column=Column(JSONB, nullable=False, server_default="[]"))
 
 
 class IdempotencyRow(SQLModel, table=True):

@@ -49,6 +49,7 @@ class Worker:
     pulls: bool = False
     resting: bool = False
     offers: Callable[[ModelKind, str], ServedModel | None] | None = None
+    stands_for: int = 1
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
     connected_at: float = field(default_factory=time.monotonic)
@@ -62,6 +63,15 @@ class Worker:
     def free_slots(self) -> int:
         away = self.draining or self.resting
         return 0 if away else max(0, self.slots - len(self.busy))
+
+    @property
+    def idle_workers(self) -> int:
+        """How many workers with room for a job it stands for."""
+        return int(self.free_slots > 0)
+
+    def has_tried(self, tried_by: frozenset[str]) -> bool:
+        """Whether a job that these workers had is nothing new to it."""
+        return self.id in tried_by
 
     def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
         named = next((m for m in self.models if m.id == model and m.kind == kind), None)
@@ -108,6 +118,30 @@ class Worker:
         self.skips[code] = self.skips.get(code, 0) + 1
 
 
+@dataclass(slots=True)
+class FarWorkers(Worker):
+    """The workers of another router that can take the same jobs, summed up: `stands_for` of them,
+    with `slots` and `free` slots between them. They are given jobs there, and only counted here.
+    `names` are their ids, if they are few.
+    """
+
+    router_id: str = ""
+    free: int = 0
+    idle: int = 0
+    names: frozenset[str] = frozenset()
+
+    @property
+    def free_slots(self) -> int:
+        return self.free
+
+    @property
+    def idle_workers(self) -> int:
+        return self.idle
+
+    def has_tried(self, tried_by: frozenset[str]) -> bool:
+        return bool(self.names) and self.names <= tried_by
+
+
 def _average(old: float | None, new: float) -> float:
     return new if old is None else old + _NEWEST * (new - old)
 
@@ -117,10 +151,15 @@ _Limits = tuple[tuple[ModelKind, str, int, int], ...]
 
 
 class Fleet:
-    """The workers connected to this router."""
+    """The workers connected to this router; and, in sums, those of the others of this market.
+
+    Work is given to the former only; prices, waits and what can be served go by all of them.
+    """
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self._elsewhere: dict[str, list[FarWorkers]] = {}
+        self.on_change: Callable[[], None] = lambda: None
         # Lanes that no worker drains any more are forgotten with the last one.
         self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
         self.edges = Edges()
@@ -129,15 +168,33 @@ class Fleet:
         """Take a worker in; the edges must hold its limits already."""
         self._workers[worker.id] = worker
         worker.lanes = self._lanes_of(worker)
+        self.on_change()
 
     def remove(self, worker: Worker) -> None:
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
+            self.on_change()
+
+    def set_elsewhere(self, router_id: str, workers: list[FarWorkers]) -> None:
+        """What another router's workers are now; none when it has gone."""
+        for worker in workers:
+            worker.lanes = self._lanes_of(worker)
+        if workers:
+            self._elsewhere[router_id] = workers
+        else:
+            self._elsewhere.pop(router_id, None)
+
+    def elsewhere(self) -> list[FarWorkers]:
+        return [worker for workers in self._elsewhere.values() for worker in workers]
+
+    def everywhere(self) -> list[Worker]:
+        """All of the market's workers; those of other routers in sums."""
+        return [*self._workers.values(), *self.elsewhere()]
 
     def set_edges(self, edges: Edges) -> None:
         self.edges = edges
         self._lanes.clear()
-        for worker in self._workers.values():
+        for worker in self.everywhere():
             worker.lanes = self._lanes_of(worker)
 
     def _lanes_of(self, worker: Worker) -> frozenset[str]:
@@ -165,14 +222,12 @@ class Fleet:
     def serving(self, kind: ModelKind, model: str) -> list[Worker]:
         """Connected workers that serve a model and are not on their way out."""
         return [
-            w
-            for w in self._workers.values()
-            if not w.draining and w.serves(kind, model) is not None
+            w for w in self.everywhere() if not w.draining and w.serves(kind, model) is not None
         ]
 
     def draining_lane(self, lane: str) -> list[Worker]:
         """Connected workers that a job in this lane fits."""
-        return [w for w in self._workers.values() if not w.draining and w.drains(lane)]
+        return [w for w in self.everywhere() if not w.draining and w.drains(lane)]
 
     def competing_lanes(self, lane: str) -> list[str]:
         """All lanes drained by workers that could take a job in `lane`: its competition."""

@@ -18,6 +18,7 @@ from billing.lightning.simulated.network import Network
 from billing.lightning.simulated.serving import NetworkServer
 from billing.trial_balance import TrialBalance, trial_balance
 from router.app import create_app
+from router.bus import Exchange
 from router.core import Core
 from router.serve import RouterServer
 from router.settings import Settings
@@ -182,31 +183,60 @@ class ScriptedWorker:
 
 
 @asynccontextmanager
-async def running_rig(folder: Path, database_url: str, **settings: Any) -> AsyncIterator[Rig]:
-    """A router on a fresh simulated network."""
+async def running_network(folder: Path) -> AsyncIterator[tuple[Network, str]]:
+    """A fresh simulated network, and its URL."""
     network = await Network.open(folder / "network")
     lightning = NetworkServer(network, port=0)
     await lightning.start()
+    try:
+        yield network, lightning.url
+    finally:
+        await lightning.stop()
+        await network.aclose()
+
+
+@asynccontextmanager
+async def running_router(
+    folder: Path,
+    database_url: str,
+    network: Network,
+    network_url: str,
+    *,
+    exchange: Exchange | None = None,
+    **settings: Any,
+) -> AsyncIterator[Rig]:
+    """A router with its state in `folder`, on a simulated network that is there."""
     given = {
         "data_dir": folder / "router",
         "database_url": database_url,
-        "simulated_url": lightning.url,
+        "simulated_url": network_url,
         "lnurl_allow_private": True,
         "admin_token": ADMIN_TOKEN,
         "rate_limits": "off",
         "drain_s": 0.5,
         "payout_threshold_msat": 1_000_000,
     } | settings
-    app = create_app(Settings(_env_file=None, **given))  # pyright: ignore[reportCallIssue]
+    app = create_app(
+        Settings(_env_file=None, **given),  # pyright: ignore[reportCallIssue]
+        exchange=exchange,
+    )
     server = RouterServer(app, host="127.0.0.1", port=0)
     try:
         await server.start()
-        rig = Rig(app.state.core, server.url, network, lightning.url.removeprefix("http://"))
+        rig = Rig(app.state.core, server.url, network, network_url.removeprefix("http://"))
         try:
             yield rig
         finally:
             await rig.http.aclose()
     finally:
         await server.stop()
-        await lightning.stop()
-        await network.aclose()
+
+
+@asynccontextmanager
+async def running_rig(folder: Path, database_url: str, **settings: Any) -> AsyncIterator[Rig]:
+    """A router on a fresh simulated network."""
+    async with (
+        running_network(folder) as (network, network_url),
+        running_router(folder, database_url, network, network_url, **settings) as rig,
+    ):
+        yield rig

@@ -18,7 +18,7 @@ from router.errors import RouterError
 from router.following import Event
 from router.job_states import State
 from router.job_stream import JobStream
-from router.job_views import Outcome
+from router.job_views import Outcome, answer_calls, answer_text
 from router.results import answer_id
 
 # How long a stream waits for its first output before the headers go out: what fails at once is then
@@ -60,7 +60,7 @@ class AnswerStream:
         return self._failed(stream.outcome)
 
     def _failed(self, outcome: Outcome) -> Problem | None:
-        said = following.answer_text(outcome) or following.answer_calls(outcome)
+        said = answer_text(outcome) or answer_calls(outcome)
         if outcome.state is State.SUCCEEDED or said:
             return None
         return shapes.job_problem(outcome, self._bought.job_ids[0])
