@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from router.api.decentralgpt_shapes import envelope
 from router.api.errors import Problem
 from router.job_states import State
 from router.job_views import Outcome, explain
@@ -24,7 +25,8 @@ _TYPES = {
 
 
 def error_body(problem: Problem, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`{"error": {message, type, param, code}}` with our facts beside them."""
+    """`{"error": {message, type, param, code}}` with our facts beside them, and DecentralGPT's `code`
+    and `message` (DG-11)."""
     kind = "server_error" if problem.status >= 500 else "invalid_request_error"
     facts = dict(problem.facts)
     return {
@@ -37,6 +39,7 @@ def error_body(problem: Problem, extra: dict[str, Any] | None = None) -> dict[st
             **(extra or {}),
         },
         **(extra or {}),
+        **envelope(problem),
     }
 
 
@@ -191,8 +194,12 @@ class ChunkShape:
         return self._chunk({"delta": delta}, None, None)
 
     def last(self, finish_reason: str | None, usage: dict[str, Any] | None) -> bytes:
-        """The chunk that carries `finish_reason`, and the usage with what was charged."""
-        said = {"delta": {}} if self._chat else {"text": ""}
+        """The chunk that carries `finish_reason`, and the usage with what was charged.
+
+        Its empty `content`, and a `stop_reason` that is a number, are DecentralGPT's (DG-2); which
+        token it was that ended the answer, no worker tells.
+        """
+        said = {"delta": {"content": ""}, "stop_reason": 0} if self._chat else {"text": ""}
         return self._chunk(said, finish_reason, usage)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
