@@ -7,12 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from billing.fee_schedule import FeeSchedule
 from billing.fees import Rates, format_multiplier
 from billing.msat import MSAT_PER_SAT, ceil_div
+from router import choices
 from router.api.answers import answer, core_of
 from router.api.own_door import OwnDoorRoute
 from router.core import Core
 from router.job_views import time_text
+from router.lanes import ANY_MODEL
 from router.prompt_tokens import BYTES_PER_TOKEN
 
 router = APIRouter(tags=["prices"], route_class=OwnDoorRoute)
@@ -37,8 +40,6 @@ async def _info(core: Core) -> dict[str, Any]:
     schedule = await core.quotes.fees.now()
     default, settings = schedule.default, core.settings
     length = core.market.queue_length
-    lasts = core.market.last_multiplier_milli.values()
-    last = format_multiplier(max(lasts, default=1000) if length else 1000)
     models = [_model(core, facts, schedule.rates(facts.id)) for facts in core.models.facts()]
     return {
         "name": settings.name,
@@ -46,9 +47,9 @@ async def _info(core: Core) -> dict[str, Any]:
         "network": core.node.network,
         "simulated": core.node.simulated,
         "fees": default.as_json(),
-        "base_fee": _satoshi(default.prompt_fee_msat * 1_000_000),
-        "token_fee": _satoshi(default.output_msat_per_mtok),
-        "last_multiplier": last,
+        "base_fee": satoshi_text(default.prompt_fee_msat * 1_000_000),
+        "token_fee": satoshi_text(default.output_msat_per_mtok),
+        "last_multiplier": last_multiplier(core),
         "queue_length": length,
         "prompt_token_rule": f"ceil(utf8_bytes/{BYTES_PER_TOKEN})",
         "image_prompt_tokens": settings.image_prompt_tokens,
@@ -63,22 +64,39 @@ async def _info(core: Core) -> dict[str, Any]:
         "paused": core.runtime.paused,
         "contact": settings.contact,
         "terms": settings.terms,
-        "herder": _herder(core, default, last, length),
+        "herder": herder_block(core, dearest_rates(core, schedule)),
         "models": models,
     }
 
 
-def _herder(core: Core, rates: Rates, last: str, length: int) -> dict[str, str]:
+def dearest_rates(core: Core, schedule: FeeSchedule) -> Rates:
+    """What a prompt costs at most, whichever text model answers it."""
+    rates = choices.rates_of((ANY_MODEL,), schedule, known=core.models.text_models()).values()
+    return Rates(
+        prompt_fee_msat=max(rate.prompt_fee_msat for rate in rates),
+        input_msat_per_mtok=max(rate.input_msat_per_mtok for rate in rates),
+        output_msat_per_mtok=max(rate.output_msat_per_mtok for rate in rates),
+    )
+
+
+def herder_block(core: Core, rates: Rates) -> dict[str, str]:
     """The six values of Llama-Herder (LH-9), in satoshi. Base-Fee has a satoshi of headroom, so that
     the fee its client computes and rounds down is never short."""
     return {
         "Name": core.settings.name,
         "Version": software_version(),
         "Base-Fee": str(ceil_div(rates.prompt_fee_msat, MSAT_PER_SAT) + 1),
-        "Token-Fee": _satoshi(rates.output_msat_per_mtok),
-        "Last-Multiplier": last,
-        "Queue-Length": str(length),
+        "Token-Fee": satoshi_text(rates.output_msat_per_mtok),
+        "Last-Multiplier": last_multiplier(core),
+        "Queue-Length": str(core.market.queue_length),
     }
+
+
+def last_multiplier(core: Core) -> str:
+    """That of the last job charged; 1.000 while nothing waits, so that prices do not only climb
+    (E23)."""
+    lasts = core.market.last_multiplier_milli.values()
+    return format_multiplier(max(lasts, default=1000) if core.market.queue_length else 1000)
 
 
 def _model(core: Core, facts: Any, rates: Rates) -> dict[str, Any]:
@@ -96,7 +114,7 @@ def _model(core: Core, facts: Any, rates: Rates) -> dict[str, Any]:
     }
 
 
-def _satoshi(msat_per_million: int) -> str:
+def satoshi_text(msat_per_million: int) -> str:
     """An amount in msat per million as a decimal of satoshi for one, without trailing zeros."""
     whole, part = divmod(msat_per_million, MSAT_PER_SAT * 1_000_000)
     return f"{whole}.{part:09d}".rstrip("0").rstrip(".")

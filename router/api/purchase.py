@@ -101,7 +101,7 @@ async def buy(
     except BadCredential as error:
         if error.reason not in BUY_AGAIN or request.headers.get("x-claim-token"):
             raise
-        if _brings_key(request, style):
+        if brings_key(request, style):
             raise
         payer = None
     if payer is not None:
@@ -114,7 +114,8 @@ async def buy(
     return await _from_balance(core, request, wanted, payer, style)
 
 
-def _brings_key(request: Request, style: Style) -> bool:
+def brings_key(request: Request, style: Style = AT_ONCE) -> bool:
+    """Whether a request comes with a prepaid key, good or not."""
     if style.apikey and request.headers.get("apikey", "") not in ("", payment.ANONYMOUS):
         return True
     return any("sk-" in value for value in request.headers.getlist("authorization"))
