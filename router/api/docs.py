@@ -47,6 +47,13 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
         "prompt": "make it night",
         "image": "https://pictures.example/rabbit.png",
     },
+    ("post", "/herder"): {
+        "Action": "Transfer",
+        "Quantity": "5",
+        "X-Prompt": "What is the meaning of life?",
+        "X-Tokens": "20",
+        "X-Reference": "1",
+    },
     ("post", "/balance/topups"): {"amount_msat": 100_000},
     ("post", "/balance/keys"): {"label": "for the chatbot", "limit_msat": 50_000},
     ("post", "/balance/withdrawals"): {"address": "you@wallet.example", "amount_msat": 50_000},
@@ -91,6 +98,7 @@ _PAYER = ["key", "l402", "claim"]
 _OPENED_BY = {
     "quotes and jobs": _PAYER,
     "OpenAI": _PAYER,
+    "Llama-Herder": _PAYER,
     "balance": _PAYER,
     "admin": ["admin"],
     "workers": ["worker"],
