@@ -175,9 +175,11 @@ def error_of(answer: Mapping[str, Any], status: int | None = None) -> ServerErro
     """
     error = answer.get("error")
     if not error:
-        if status is None or status < 400:
+        # DecentralGPT's envelope: all but 0 is a failure (DG-1, DG-11).
+        code = answer.get("code")
+        if (status is None or status < 400) and not (isinstance(code, int) and code != 0):
             return None
-        error = {}
+        error = {"message": answer.get("message")}
     facts = error if isinstance(error, Mapping) else {"message": error}
     message = str(facts.get("message") or f"HTTP status {status}")[:2000]
     about = f"{facts.get('code') or ''} {message}".lower()

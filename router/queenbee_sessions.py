@@ -94,9 +94,11 @@ class QueenBeeSession:
         attempts: Attempts,
         registration: QueenBeeRegistration,
         *,
+        image_s: float,
         on_idle: Callable[[], None],
     ) -> None:
         self.worker = worker
+        self._image_s = image_s
         self._connection = connection
         self._attempts = attempts
         self._registration = registration
@@ -296,6 +298,8 @@ class QueenBeeSession:
         if job.running.chunks:
             return stall_s
         claimed = job.running.claimed
+        if claimed.kind in IMAGE_KINDS:
+            return max(LOAD_S, self._image_s)
         start_s = first_token_s if claimed.model == self._loaded else max(LOAD_S, first_token_s)
         return start_s if job.spec.stream else start_s + claimed.max_tokens / SLOWEST_TOKENS_PER_S
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from router.job_records import Claimed
 from router.workers import Worker
 from worker.protocol import ModelKind, Refused, ServedModel
@@ -80,4 +82,23 @@ class RefusedWorker(Exception):
         self.answer = Refused(code=code, message=message, retryable=retryable)
 
 
-MakeSession = Callable[[Worker], Session]
+def bad_registration(error: ValidationError) -> RefusedWorker:
+    """The first thing that is wrong with a registration."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return RefusedWorker("bad_registration", f"{where}: {first['msg']}")
+
+
+def texts_of(applicant: Applicant) -> list[str]:
+    """All texts of an applicant that go into the database."""
+    names = [model.id for model in applicant.models]
+    return [applicant.name or "", *names, *_strings(applicant.hardware)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        return []
+    return [text for part in parts for text in _strings(part)]

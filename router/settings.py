@@ -206,6 +206,11 @@ class Settings(BaseSettings):
         ge=5,
         description="After how long without a sign of life a worker's jobs are taken back.",
     )
+    http_workers: Literal["loopback", "outside", "off"] = Field(
+        default="loopback",
+        description="Where servers that register as workers may be: on this machine only, also"
+        " elsewhere (https, public addresses), or nowhere.",
+    )
     first_token_timeout_s: float = Field(
         default=180, gt=0, description="How long a worker may take to its first token."
     )

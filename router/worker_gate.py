@@ -17,12 +17,14 @@ from billing.lightning_address import LightningAddresses
 from router import queenbee, workers
 from router.attempts import Attempts
 from router.database import Database
+from router.http_endpoints import Endpoints
+from router.http_sessions import HttpSession, HttpWorker
 from router.job_records import Claimed
 from router.models import Models
 from router.queenbee import QueenBeeRegistration
 from router.queenbee_sessions import QueenBeeSession
 from router.rate_limits import Windows
-from router.sessions import Applicant, RefusedWorker, Session
+from router.sessions import Applicant, RefusedWorker, Session, bad_registration, texts_of
 from router.settings import Settings
 from router.worker_sessions import Connection, WorkerSession
 from router.workers import Fleet, Worker
@@ -64,6 +66,7 @@ class WorkerGate:
         # Of applicants without an identity: which seats at which address are taken.
         self._seats: dict[bytes, str | None] = {}
         self._registrations = Windows()
+        self._endpoints = Endpoints(settings)
         self.sessions: dict[str, Session] = {}
         self.on_idle: Callable[[], None] = lambda: None
         self.commission_ppm: Callable[[], int] = lambda: settings.commission_ppm
@@ -137,7 +140,51 @@ class WorkerGate:
         return await self.admit(
             applicant,
             lambda worker: QueenBeeSession(
-                worker, connection, self._attempts, registration, on_idle=self._idle
+                worker,
+                connection,
+                self._attempts,
+                registration,
+                image_s=self._settings.image_timeout_s,
+                on_idle=self._idle,
+            ),
+        )
+
+    async def register_http(
+        self, described: HttpWorker, *, own_ports: frozenset[int] = frozenset()
+    ) -> HttpSession:
+        """Let in servers that jobs are sent to by HTTP. `own_ports`: on which the caller is heard.
+
+        The same identity with the same description keeps its session; with another it gets a new
+        one, and what the old one was at goes back. Raises RefusedWorker, DatabaseUnavailable.
+        """
+        self.check_open()
+        urls = {
+            (model.kind, model.id): self._endpoints.read(model.api, own_ports=own_ports)
+            for model in described.models
+        }
+        if not urls:
+            raise RefusedWorker("bad_registration", "models: at least one is needed")
+        for before in self.sessions.values():
+            if isinstance(before, HttpSession) and before.described == described:
+                return before
+        applicant = Applicant(
+            identity=described.identity,
+            models=[model.served() for model in described.models],
+            slots=described.slots,
+            name=described.name,
+            ln_url=described.ln_url,
+        )
+        return await self.admit(
+            applicant,
+            lambda worker: HttpSession(
+                worker,
+                self._attempts,
+                described,
+                self._endpoints,
+                urls,
+                image_s=self._settings.image_timeout_s,
+                on_idle=self._idle,
+                on_end=self.leave,
             ),
         )
 
@@ -154,7 +201,7 @@ class WorkerGate:
         An identity has one session: an earlier one is cut off.
         """
         self.check_open()
-        if any("\0" in text for text in _texts(applicant)):
+        if any("\0" in text for text in texts_of(applicant)):
             # PostgreSQL has no such character in its texts.
             raise RefusedWorker("bad_registration", "NUL is not a character of any name")
         seen = {(model.kind, model.id) for model in applicant.models}
@@ -172,7 +219,9 @@ class WorkerGate:
         session = make(worker)
         before = self.sessions.get(worker.id)
         if before is not None:
-            before.cut("replaced by a new connection of the same worker")
+            # A server that registers anew has done nothing wrong; a socket has been lost.
+            blame = "nobody" if isinstance(before, HttpSession) else "worker"
+            before.cut("replaced by a new connection of the same worker", blame=blame)
         self.sessions[worker.id] = session
         self._fleet.add(worker)
         self._models.learn(worker.models)
@@ -287,25 +336,3 @@ class WorkerGate:
 
 # Of a registration, what is not kept as a description of the machine.
 _NOT_HARDWARE = {"worker_key", "models", "slots", "ln_url", "name", "protocol", "min_fees"}
-
-
-def bad_registration(error: ValidationError) -> RefusedWorker:
-    """The first thing that is wrong with a registration."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return RefusedWorker("bad_registration", f"{where}: {first['msg']}")
-
-
-def _texts(applicant: Applicant) -> list[str]:
-    """All texts of an applicant that go into the database."""
-    names = [model.id for model in applicant.models]
-    return [applicant.name or "", *names, *_strings(applicant.hardware)]
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    parts = [*value, *value.values()] if isinstance(value, dict) else value
-    if not isinstance(parts, list):
-        return []
-    return [text for part in parts for text in _strings(part)]
