@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.router_rig import MODEL, Rig
+from tests.router_rig import MODEL, AnyRig
 
 CHAT: dict[str, Any] = {
     "model": MODEL,
@@ -17,7 +17,7 @@ CHAT: dict[str, Any] = {
 
 
 async def topup(
-    router: Rig, amount_msat: Any = 100_000, headers: dict[str, str] | None = None
+    router: AnyRig, amount_msat: Any = 100_000, headers: dict[str, str] | None = None
 ) -> dict[str, Any]:
     made = await router.http.post(
         "/balance/topups", json={"amount_msat": amount_msat}, headers=headers
@@ -26,13 +26,13 @@ async def topup(
     return made.json()
 
 
-async def credential(router: Rig, made: dict[str, Any]) -> dict[str, str]:
+async def credential(router: AnyRig, made: dict[str, Any]) -> dict[str, str]:
     """Pay a top-up; the header that proves it."""
     return {"Authorization": f"L402 {made['l402_token']}:{await router.pay(made['invoice'])}"}
 
 
 async def paid(
-    router: Rig, amount_msat: int = 100_000
+    router: AnyRig, amount_msat: int = 100_000
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """A paid top-up, its credential, and the key that it shows."""
     made = await topup(router, amount_msat)
@@ -46,7 +46,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def balance(router: Rig, headers: dict[str, str]) -> dict[str, Any]:
+async def balance(router: AnyRig, headers: dict[str, str]) -> dict[str, Any]:
     shown = await router.http.get("/balance", headers=headers)
     assert shown.status_code == 200, shown.text
     return shown.json()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,21 +29,19 @@ ADMIN_TOKEN = "test-admin-token-0123456789"
 MODEL = "test-model"
 
 
-class Rig:
-    """A running router. `http` is a client of it; `core` are its parts."""
+class AnyRig(ABC):
+    """A running router, whatever its Lightning node. `http` is a client of it; `core` are its
+    parts; workers are paid at `lnurl_host`."""
 
-    def __init__(self, core: Core, url: str, network: Network, lnurl_host: str) -> None:
+    def __init__(self, core: Core, url: str, lnurl_host: str) -> None:
         self.core = core
         self.url = url
-        self.network = network
         self.lnurl_host = lnurl_host
         self.http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False)
 
+    @abstractmethod
     async def pay(self, invoice: str) -> str:
-        """Pay with simulated money; the preimage."""
-        paid = await self.http.post("/simulated/pay", json={"invoice": invoice})
-        assert paid.status_code == 200, paid.text
-        return paid.json()["preimage"]
+        """A client pays; the preimage."""
 
     async def key(self, amount_msat: int = 1_000_000) -> str:
         """A prepaid key with a balance, bought like any client buys one."""
@@ -79,6 +78,19 @@ class Rig:
             worker = ScriptedWorker(socket, self.lnurl_host, **options)
             await worker.register()
             yield worker
+
+
+class Rig(AnyRig):
+    """On a simulated network."""
+
+    def __init__(self, core: Core, url: str, network: Network, lnurl_host: str) -> None:
+        super().__init__(core, url, lnurl_host)
+        self.network = network
+
+    async def pay(self, invoice: str) -> str:
+        paid = await self.http.post("/simulated/pay", json={"invoice": invoice})
+        assert paid.status_code == 200, paid.text
+        return paid.json()["preimage"]
 
 
 class ScriptedWorker:

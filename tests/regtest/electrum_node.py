@@ -7,6 +7,8 @@
     hold            keep the HTLC of an invoice that was made already
     settle_held, cancel_held    what becomes of the HTLC of a held invoice
     refuse_once     give the next HTLC of an invoice back
+    set_mood        what to do with whatever comes: take, hold or refuse it
+    list_held       the HTLCs that are kept now
 
 Nothing installed is changed. A hold lives in memory only: a payee that is killed and started again
 takes the HTLC. With REGTEST_NO_FILES=1 the wallet file is not written after it has been made.
@@ -41,6 +43,7 @@ from electrum.wallet_db import WalletDB
 # By payment hash in hex. A hold is open, accepted, settled or canceled.
 holds: dict[str, str] = {}
 refused_once: set[str] = set()
+mood = "take"
 waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
 _fulfill = Peer.maybe_fulfill_htlc
@@ -57,8 +60,10 @@ def _tell(key: str) -> None:
 def maybe_fulfill_htlc(self, **arguments):
     htlc = arguments["htlc"]
     key = htlc.payment_hash.hex()
+    if mood == "hold":
+        holds.setdefault(key, "open")
     held = holds.get(key)
-    if held == "canceled" or key in refused_once:
+    if held == "canceled" or key in refused_once or (held is None and mood == "refuse"):
         refused_once.discard(key)
         height = self.network.get_local_height()
         raise OnionRoutingFailure(
@@ -163,6 +168,16 @@ async def hold(self, payment_hash, wallet=None):
     holds[payment_hash] = "open"
 
 
+@command("n")
+async def set_mood(self, mood):
+    globals().update(mood=mood)
+
+
+@command("n")
+async def list_held(self):
+    return [key for key, held in holds.items() if held == "accepted"]
+
+
 @command("wnl")
 async def refuse_once(self, payment_hash, wallet=None):
     refused_once.add(payment_hash)
@@ -186,10 +201,19 @@ Peer.process_unfulfilled_htlc = process_unfulfilled_htlc
 LNWallet.set_request_status = set_request_status
 if os.environ.get("REGTEST_NO_FILES"):
     WalletDB.write = write
-for method in (add_invoice, wait_invoice, hold, refuse_once, settle_held, cancel_held):
+for method in (
+    add_invoice,
+    wait_invoice,
+    hold,
+    refuse_once,
+    set_mood,
+    list_held,
+    settle_held,
+    cancel_held,
+):
     setattr(Commands, method.__name__, method)
 # Electrum's command line wants a help text for every option.
-for option in ("expiry", "description_for_hash", "hold", "known"):
+for option in ("expiry", "description_for_hash", "hold", "known", "mood"):
     command_options.setdefault(option, (None, option))
 
 if __name__ == "__main__":

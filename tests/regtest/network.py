@@ -209,10 +209,12 @@ class Node:
             if one["payment_hash"] == payment_hash
         )
 
-    async def held_msat(self) -> int:
-        """What is ours in its channels, exact to the msat where no HTLC is out."""
-        funded = [one for one in await self.call("lightning_history")]
-        return sum(one["amount_msat"] for one in funded)
+    async def received_msat(self, payment_hash: str) -> int:
+        return sum(
+            one["amount_msat"]
+            for one in await self.history()
+            if one["payment_hash"] == payment_hash
+        )
 
     def tail(self) -> str:
         return self._process.tail()
