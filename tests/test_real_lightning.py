@@ -21,7 +21,7 @@ from billing import bolt11_codec
 from tests.balance_tools import CHAT, balance, paid
 from tests.lightning_rig import answers, hash_of
 from tests.regtest import regtest
-from tests.regtest.network import LightningNetwork
+from tests.regtest.network import HERE, LightningNetwork
 from tests.regtest.router_rig import JOB_FEE_MSAT, RealRig, running_real_rig
 
 pytestmark = regtest
@@ -81,6 +81,31 @@ async def test_a_prompt_is_bought_and_the_worker_paid_over_real_channels(rig: Re
     lines = await rig.check_books()
     assert lines["expenses:routing_fees"] == payout["fee_msat"]
     assert lines["income:router_fees"] == -(JOB_FEE_MSAT - WORKERS_PART_MSAT)
+
+
+async def test_a_foreign_l402_client_buys_a_prompt_unchanged(rig: RealRig) -> None:
+    """@getalby/lightning-tools, with a wallet of four lines."""
+    network, client = rig.lightning, rig.lightning.client
+    async with rig.worker() as worker:
+        buyer = await asyncio.create_subprocess_exec(
+            *(network.programs.node, str(HERE / "l402_buyer.js"), str(network.programs.modules)),
+            *(f"{rig.url}/v1/chat/completions", json.dumps(CHAT)),
+            *(client.url, client.rpc.user, client.rpc.password),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        serving = asyncio.create_task(worker.serve("Bought by a stranger."))
+        async with asyncio.timeout(30):
+            said, complaints = await buyer.communicate()
+        assert buyer.returncode == 0, complaints.decode()
+        await serving
+    bought = json.loads(said)
+    assert bought["status"] == 200, bought
+    assert bought["payment"]["amountSat"] * 1000 == JOB_FEE_MSAT
+    message = json.loads(bought["text"])["choices"][0]["message"]
+    assert message["content"] == "Bought by a stranger."
+    await rig.paid_out(1)
+    await rig.check_books()
 
 
 async def test_a_balance_is_bought_and_withdrawn_to_an_invoice_and_to_an_address(
