@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 # Heads looked at beyond the number of free slots: some may fit nobody who is idle.
 SPARE_HEADS = 16
+# How good a worker that knows the prompt must be beside the best: what it saves is reading.
+WARM_ENOUGH = 0.7
 
 
 def may_take(worker: Worker, candidate: Candidate, able: Sequence[Worker]) -> bool:
@@ -48,11 +50,44 @@ def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate
         able = fleet.draining_lane(candidate.lane)
         idle = [w for w in able if free.get(w.id, 0) > 0 and may_take(w, candidate, able)]
         if idle:
-            best = max(idle, key=lambda worker: worker.merit(worker.model_for(candidate.lane)))
+            best = max(idle, key=lambda worker: _merit(worker, candidate))
+            best = warm(candidate, best, idle, candidates, free, fleet) or best
             free[best.id] -= 1
             given.add(candidate.job_id)
             pairs.append((candidate, best))
     return pairs
+
+
+def warm(
+    candidate: Candidate,
+    best: Worker,
+    idle: Sequence[Worker],
+    candidates: Sequence[Candidate],
+    free: dict[str, int],
+    fleet: Fleet,
+) -> Worker | None:
+    """One of `idle` that has met the beginning of this prompt, is nearly as good as the best, and is
+    not the last slot for some other job that waits. Pure."""
+    if candidate.prefix is None or candidate.prefix in best.met:
+        return None
+    enough = WARM_ENOUGH * _merit(best, candidate)
+    met = [w for w in idle if candidate.prefix in w.met and _merit(w, candidate) >= enough]
+    for worker in sorted(met, key=lambda w: _merit(w, candidate), reverse=True):
+        if free[worker.id] > 1 or not any(
+            other.job_id != candidate.job_id and _only_for(worker, other, free, fleet)
+            for other in candidates
+        ):
+            return worker
+    return None
+
+
+def _merit(worker: Worker, candidate: Candidate) -> float:
+    return worker.merit(worker.model_for(candidate.lane))
+
+
+def _only_for(worker: Worker, candidate: Candidate, free: dict[str, int], fleet: Fleet) -> bool:
+    able = fleet.draining_lane(candidate.lane)
+    return [w for w in able if free.get(w.id, 0) > 0] == [worker]
 
 
 async def lanes_of(connection: Any, workers: Sequence[Worker]) -> list[str]:
@@ -190,4 +225,6 @@ class Dispatcher:
             raise
         if claimed is None:
             worker.busy.discard(candidate.job_id)
+        else:
+            worker.remember(candidate.prefix)
         return claimed

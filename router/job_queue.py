@@ -28,13 +28,15 @@ CHANGES_KEPT = timedelta(seconds=60)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A waiting job at the head of a lane. `tried_by`: workers that had it before."""
+    """A waiting job at the head of a lane. `tried_by`: workers that had it before. `prefix`: what
+    its prompt begins with (`router.prompt_prefix`)."""
 
     job_id: str
     lane: str
     multiplier_milli: int
     seq: int
     tried_by: frozenset[str]
+    prefix: int | None = None
 
 
 _ADD = """
@@ -42,7 +44,7 @@ insert into queue (job_id, lane, multiplier_milli, seq)
 select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])"""
 
 _HEADS = """
-select h.job_id, h.lane, h.multiplier_milli, h.seq,
+select h.job_id, h.lane, h.multiplier_milli, h.seq, j.prefix,
        case when j.attempt > 0 then
            (select array_agg(worker_id) from attempts a where a.job_id = h.job_id) end as tried_by
 from (select q.* from unnest($1::text[]) l(lane) cross join lateral
@@ -106,6 +108,7 @@ async def heads(connection: Any, lanes: Sequence[str], *, most: int) -> list[Can
             row["multiplier_milli"],
             row["seq"],
             frozenset(row["tried_by"] or ()),
+            row["prefix"],
         )
         for row in rows
     ]

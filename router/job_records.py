@@ -13,7 +13,7 @@ class NewJob:
     """A priced job. `spec` is the JSON of its JobSpec, `rates` of its Rates.
 
     A job that any of several models may serve waits in `lane` and in `more_lanes`, and has
-    `choices` (`router.choices`).
+    `choices` (`router.choices`). `prefix`: `router.prompt_prefix`.
     """
 
     id: str
@@ -31,6 +31,7 @@ class NewJob:
     more_lanes: tuple[str, ...] = ()
     choices: str | None = None
     webhook: str | None = None
+    prefix: int | None = None
 
     @property
     def lanes(self) -> tuple[str, ...]:

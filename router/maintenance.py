@@ -346,8 +346,8 @@ class Maintenance:
         """Delete prompts and answers whose time is over; the money records stay."""
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
-                "update jobs set spec = null, result = null, webhook = null, wiped = true,"
-                " wipe_at = null"
+                "update jobs set spec = null, result = null, webhook = null, prefix = null,"
+                " wiped = true, wipe_at = null"
                 " where wipe_at < $1 and id in"
                 " (select id from jobs where wipe_at < $1 limit $2) returning id",
                 self._clock(),

@@ -38,6 +38,7 @@ from router.errors import (
 )
 from router.job_records import NewJob, NewQuote
 from router.models import Models
+from router.prompt_prefix import prefix_of
 from router.requests import Item, Request
 from router.settings import Settings
 from worker.protocol import IMAGE_KINDS, TEXT_KINDS, JobSpec
@@ -265,6 +266,7 @@ class Quotes:
             more_lanes=tuple(more_lanes),
             choices=self._choices(schedule, item),
             webhook=request.webhook,
+            prefix=prefix_of(spec),
         )
 
     def _dearest(self, schedule: FeeSchedule, item: Item, max_tokens: int) -> tuple[str, Rates]:

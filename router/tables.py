@@ -133,6 +133,7 @@ class JobRow(SQLModel, table=True):
     attached_to: str | None = Field(default=None, sa_column=Column(Text))
     webhook: str | None = Field(default=None, sa_column=Column(Text))
     cancel_reason: str | None = Field(default=None, sa_column=Column(Text))
+    prefix: int | None = Field(default=None, sa_column=Column(BigInteger))
     lease_ends_at: datetime | None = Field(default=None, sa_column=_time())
     wait_ends_at: datetime | None = Field(default=None, sa_column=_time())
     created_at: datetime = Field(sa_column=_now())

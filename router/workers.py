@@ -24,6 +24,8 @@ _NEWEST = 0.2
 # What is assumed of a worker that has not shown its speed yet, in tokens per second and seconds.
 UNKNOWN_SPEED = 20.0
 UNKNOWN_SERVICE_S = 5.0
+# Beginnings of prompts that a worker is taken to have at hand, if it has fewer slots than that.
+LEAST_REMEMBERED = 2
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Worker:
     `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
     admin has said so. `resting`: it has said that it is busy with something else. `pulls`: it asks
     for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
-    that it has not named.
+    that it has not named. `met`: how prompts began that it was given last (`router.prompt_prefix`).
     """
 
     id: str
@@ -55,6 +57,7 @@ class Worker:
     connected_at: float = field(default_factory=time.monotonic)
     service_s: dict[str, float] = field(default_factory=dict)
     skips: dict[str, int] = field(default_factory=dict)
+    met: dict[int, None] = field(default_factory=dict)
     done: int = 0
     failed: int = 0
     tokens: int = 0
@@ -99,6 +102,14 @@ class Worker:
         """How soon and how surely it will answer: speed times reliability, less what it is doing."""
         load = len(self.busy) / self.slots
         return self.speeds.get(model, UNKNOWN_SPEED) * self.reliability**4 * (1 - load / 2)
+
+    def remember(self, prefix: int | None) -> None:
+        """Note what the prompt begins with that it was given; as much as its slots may still hold."""
+        if prefix is not None:
+            self.met.pop(prefix, None)
+            self.met[prefix] = None
+            if len(self.met) > max(LEAST_REMEMBERED, self.slots):
+                del self.met[next(iter(self.met))]
 
     def succeeded(self, model: str, *, tokens: int, seconds: float) -> None:
         """Note an answer: `seconds` from claim to end, `tokens` produced."""

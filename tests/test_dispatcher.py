@@ -29,10 +29,16 @@ def worker(name: str, *, models: list[ServedModel] | None = None, **facts: Any) 
 
 
 def waiting(
-    name: str, milli: int = 1000, seq: int = 1, *, tokens: int = 100, tried: tuple[str, ...] = ()
+    name: str,
+    milli: int = 1000,
+    seq: int = 1,
+    *,
+    tokens: int = 100,
+    tried: tuple[str, ...] = (),
+    prefix: int | None = None,
 ) -> Candidate:
     where = lane(EDGES, kind=ModelKind.TEXT, model="m", prompt_tokens=tokens, max_tokens=0)
-    return Candidate(name, where, milli, seq, frozenset(tried))
+    return Candidate(name, where, milli, seq, frozenset(tried), prefix)
 
 
 def names(pairs: list[tuple[Candidate, Worker]]) -> list[tuple[str, str]]:
@@ -105,3 +111,38 @@ def test_a_worker_does_not_get_a_job_again_while_it_holds_the_attempt_before():
     assert names(match([waiting("a", tried=("w",)), waiting("b")], fleet)) == [("b", "w")]
     holding.busy.clear()
     assert names(match([waiting("a", tried=("w",))], fleet)) == [("a", "w")]
+
+
+def test_a_prompt_goes_to_the_worker_that_has_met_its_beginning():
+    slower, faster = worker("slower", speeds={"m": 9.0}), worker("faster", speeds={"m": 10.0})
+    slower.remember(7)
+    fleet = fleet_of(slower, faster)
+    assert names(match([waiting("a", prefix=7)], fleet)) == [("a", "slower")]
+    assert names(match([waiting("a", prefix=8)], fleet)) == [("a", "faster")]
+    assert names(match([waiting("a")], fleet)) == [("a", "faster")]
+
+
+def test_a_much_slower_worker_gains_nothing_by_what_it_has_met():
+    slow, fast = worker("slow", speeds={"m": 1.0}), worker("fast", speeds={"m": 10.0})
+    slow.remember(7)
+    assert names(match([waiting("a", prefix=7)], fleet_of(slow, fast))) == [("a", "fast")]
+
+
+def test_what_a_worker_has_met_never_costs_another_job_its_place():
+    """The only worker that could also do the long job has met the beginning of the short one."""
+    long, short = worker("long"), worker("short", models=[SHORT], speeds={"m": 21.0})
+    long.remember(7)
+    queue = [waiting("brief", 2000, prefix=7), waiting("lengthy", 1000, tokens=5000)]
+    assert names(match(queue, fleet_of(long, short))) == [("brief", "short"), ("lengthy", "long")]
+    assert names(match(queue[:1], fleet_of(long, short))) == [("brief", "long")]
+
+
+def test_a_worker_is_taken_to_remember_as_much_as_its_slots_hold():
+    few, many = worker("few"), worker("many", slots=4)
+    for prefix in range(6):
+        few.remember(prefix)
+        many.remember(prefix)
+    few.remember(4)
+    few.remember(9)
+    assert list(few.met) == [4, 9]
+    assert list(many.met) == [2, 3, 4, 5]
