@@ -50,7 +50,7 @@ from router.api import (
 from router.api import receipts as receipt_doors
 from router.api import workers as worker_doors
 from router.api.answers import no_such_door
-from router.api.middleware import BodyLimit, Cors
+from router.api.middleware import BodyLimit, Cors, PaymentReceipt
 from router.api.shortcut import Shortcut
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
@@ -146,6 +146,7 @@ def create_app(
     app.add_exception_handler(HTTPException, no_such_door)
     # The last to be added is the first to be met.
     app.add_middleware(Shortcut, handlers=openai.HANDLERS)
+    app.add_middleware(PaymentReceipt)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Cors)
     return app

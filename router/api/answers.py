@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -23,14 +24,24 @@ def core_of(request: Request) -> Core:
     return request.app.state.core
 
 
-def answer(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON answer; private ones are not to be cached."""
-    return Response(
+def answer(
+    body: Any,
+    *,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    challenges: Sequence[str] = (),
+) -> Response:
+    """A JSON answer; private ones are not to be cached. `challenges`: how it can be paid for, each
+    in a WWW-Authenticate header of its own, in this order."""
+    response = Response(
         orjson.dumps(body),
         status_code=status,
         headers={**NO_STORE, **(headers or {})},
         media_type="application/json",
     )
+    for challenge in challenges:
+        response.headers.append("WWW-Authenticate", challenge)
+    return response
 
 
 async def read_json(request: Request) -> Any:

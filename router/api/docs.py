@@ -76,6 +76,13 @@ _SECURITY = {
         "description": "`L402 TOKEN:PREIMAGE`: pay the invoice of a 402 answer, then repeat the"
         " request with its `l402_token` and the preimage that the wallet learned.",
     },
+    "payment": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "Authorization",
+        "description": "`Payment CREDENTIAL` (paymentauth.org, method lightning, intent charge): the"
+        " other challenge of the same 402, for the same invoice; its answer has `Payment-Receipt`.",
+    },
     "claim": {
         "type": "apiKey",
         "in": "header",
@@ -93,7 +100,7 @@ _SECURITY = {
         "description": "A worker's own key, which its earnings belong to.",
     },
 }
-_PAYER = ["key", "l402", "claim"]
+_PAYER = ["key", "l402", "payment", "claim"]
 # tag -> what opens its operations; paid ones answer 402 to whoever brings nothing.
 _OPENED_BY = {
     "quotes and jobs": _PAYER,

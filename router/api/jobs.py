@@ -38,7 +38,7 @@ def payment_answer(core: Core, due: PaymentRequired) -> Response:
     """402 in our own dialect."""
     facts = payment_body(core, due)
     problem = Problem("payment_required", "pay the invoice and repeat the request", facts)
-    return answer({**problem.as_json(), **facts}, status=402, headers=due.offer.header)
+    return answer({**problem.as_json(), **facts}, status=402, challenges=due.offer.challenges)
 
 
 def _refused(error: Exception, request: Request) -> Response:
@@ -293,7 +293,7 @@ async def _bump_invoice(
     offer = payment.offer(core, issued)
     facts = {"offer_msat": error.facts["offer_msat"], **offer.as_json(core)}
     problem = Problem("payment_required", "pay the difference to raise this job", facts)
-    return answer({**problem.as_json(), **facts}, status=402, headers=offer.header)
+    return answer({**problem.as_json(), **facts}, status=402, challenges=offer.challenges)
 
 
 @router.delete("/jobs/{job_id}")

@@ -31,9 +31,40 @@ _ALLOWED = (
 )
 
 
+# Where a paid request's receipt waits for its answer.
+RECEIPT = "satherd.payment_receipt"
+
+
 # How much of a body that is too large is read, to no end but a clear answer.
 DISCARD_BYTES = 64 << 20
 DISCARD_S = 10.0
+
+
+class PaymentReceipt:
+    """A good answer to a request that was paid by the `Payment` scheme carries its receipt (AP-2).
+
+    Whoever reads the credential leaves the receipt in the request's scope.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not any(
+            name == b"authorization" and b"payment " in value.lower()
+            for name, value in scope["headers"]
+        ):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_receipt(message: Message) -> None:
+            receipt = scope.get(RECEIPT)
+            if message["type"] == "http.response.start" and receipt and message["status"] < 300:
+                headers = [*message["headers"], (b"payment-receipt", receipt.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, send_with_receipt)
 
 
 class Cors:

@@ -131,7 +131,7 @@ def payment_answer(core: Core, due: PaymentRequired) -> Response:
     """402 in this dialect."""
     problem = Problem("payment_required", "pay the invoice and repeat the request", {})
     body = shapes.error_body(problem, payment_body(core, due))
-    return answer(body, status=402, headers=due.offer.header)
+    return answer(body, status=402, challenges=due.offer.challenges)
 
 
 def error_answer(problem: Problem, headers: dict[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 Authorization: Bearer sk-…            the key's account (any scheme word, QB-R2)
 apikey: …                             the same at the Kobold and Horde doors, also without `sk-`
 Authorization: L402 token:preimage    the account of the invoice, once it is settled
+Authorization: Payment …              the same, by the other scheme of the same 402 (billing.mpp)
 X-Claim-Token: …                      the same, for wallets that hide preimages
 """
 
@@ -14,12 +15,13 @@ from typing import Any
 
 from fastapi import Request
 
-from billing import accounts, l402
+from billing import accounts, l402, mpp
 from billing.accounts import Key
 from billing.errors import BadCredential
 from billing.invoices import IssuedInvoice, Purpose, State
 from billing.l402_caveats import RequestFacts, write_caveats
 from billing.lightning import BackendError
+from router.api.middleware import RECEIPT
 from router.core import Core
 
 # What Horde clients send who have no key.
@@ -86,6 +88,9 @@ async def identify(
     credentials = l402.parse_authorization(values)
     if credentials:
         return _within_purpose(await _by_l402(core, credentials, about), about)
+    payments = mpp.parse_authorization(values)
+    if payments:
+        return _within_purpose(await _by_payment(core, request, payments), about)
     claim = request.headers.get("x-claim-token")
     if claim:
         return _within_purpose(await _by_claim(core, claim), about)
@@ -122,6 +127,21 @@ async def _by_l402(core: Core, credentials: list[l402.Credential], about: Reques
     if row["state"] not in _SETTLED:
         row = await _look_again(core, row)
     token.admit(about, settled=row["state"] in _SETTLED)
+    return _payer(row)
+
+
+async def _by_payment(core: Core, request: Request, credentials: list[mpp.Credential]) -> Payer:
+    shown = mpp.verify(core.secrets, credentials, realm=realm(core))
+    row = await _invoice(core, "payment_hash", shown.payment_hash)
+    if row is None:
+        raise BadCredential("unknown")
+    if row["state"] not in _SETTLED:
+        row = await _look_again(core, row)
+    if row["state"] not in _SETTLED:
+        raise BadCredential("expired" if core.clock() >= shown.expires_at else "unpaid")
+    request.scope[RECEIPT] = mpp.receipt(
+        shown.challenge_id, shown.payment_hash, row["settled_at"] or core.clock()
+    )
     return _payer(row)
 
 
@@ -177,6 +197,7 @@ class Offer:
     token: str = field(repr=False)
     simulated: bool
     network: str
+    payment_challenge: str | None = field(repr=False)
 
     def as_json(self, core: Core) -> dict[str, Any]:
         left_s = (self.issued.expires_at - core.clock()).total_seconds()
@@ -193,8 +214,11 @@ class Offer:
         }
 
     @property
-    def header(self) -> dict[str, str]:
-        return {"WWW-Authenticate": l402.challenge(self.token, self.issued.bolt11)}
+    def challenges(self) -> list[str]:
+        """What a 402 says of it, a WWW-Authenticate header each. L402 comes first: some of its
+        clients read only the first."""
+        first = l402.challenge(self.token, self.issued.bolt11)
+        return [first] if self.payment_challenge is None else [first, self.payment_challenge]
 
 
 def offer(core: Core, issued: IssuedInvoice) -> Offer:
@@ -205,4 +229,17 @@ def offer(core: Core, issued: IssuedInvoice) -> Offer:
         token_id=issued.token_id.hex(),
         caveats=write_caveats(),
     )
-    return Offer(issued, token, core.node.simulated, core.node.network)
+    challenge = mpp.challenge(
+        core.secrets,
+        realm=realm(core),
+        invoice=issued.bolt11,
+        payment_hash=issued.payment_hash,
+        amount_msat=issued.amount_msat,
+        network=core.node.network,
+        expires_at=issued.expires_at,
+    )
+    return Offer(issued, token, core.node.simulated, core.node.network, challenge)
+
+
+def realm(core: Core) -> str:
+    return mpp.realm_of(core.settings.public_url)

@@ -51,6 +51,13 @@ def installed() -> Programs:
     return Programs(node, modules, electrumx, electrum_python)
 
 
+def javascript() -> tuple[str, Path]:
+    """node, and the folder of the packages from npm, without the rest. Raises ToolMissing."""
+    node, npm = _tool("node", "nodejs"), _tool("npm", "npm")
+    with _alone():
+        return node, _install_npm(npm)
+
+
 def _tool(name: str, package: str) -> str:
     found = shutil.which(name)
     if found is None:
