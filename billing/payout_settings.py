@@ -39,7 +39,7 @@ class PayoutSettings:
     max_cltv_blocks: int = 1008
     at_once: int = 16
     idle_s: float = 5
-    lease_s: float = 60
+    lease_s: float = 20
 
     @property
     def smallest_batch_msat(self) -> int:

@@ -32,7 +32,8 @@ _LAST_ID = (1 << 63) - 1
 
 _WORKERS = """
 select w.*, p.ln_url, p.next_ln_url, p.next_ln_url_at, p.failure_code, p.failing_since,
-       coalesce(b.balance_msat, 0) as pending_msat
+       coalesce(b.balance_msat, 0) as pending_msat,
+       (select count(*) from jobs j where j.state = 'running' and j.worker_id = w.id) as running
 from workers w
 left join payees p on p.id = w.id
 left join ledger_balances b on b.account = $4 || w.id
@@ -53,7 +54,7 @@ order by j.created_at desc, j.id desc limit $6"""
 
 
 async def workers_page(core: Core, connection: Any, *, cursor: str | None, limit: int) -> Page:
-    """All workers that ever registered. `online` means: connected to this router."""
+    """All workers that ever registered. `online` means: connected to some router of this market."""
     at, last_id = read_cursor(cursor)
     rows = await connection.fetch(_WORKERS, at, last_id, limit + 1, ledger.worker(""))
     return _page(rows, limit, [_worker(core, row) for row in rows[:limit]])
@@ -179,14 +180,15 @@ def _worker(core: Core, row: Any) -> dict[str, Any]:
     return {
         "id": row["id"],
         "name": row["name"],
-        "online": live is not None,
+        "online": core.presence.is_connected(row),
+        "router": row["router_id"],
         "banned": row["banned_at"] is not None,
         "ban_reason": row["ban_reason"],
         "draining": row["draining"],
         "models": json.loads(row["models"]),
         "hardware": json.loads(row["hardware"]),
         "slots": live.slots if live else row["slots"],
-        "busy": len(live.busy) if live else 0,
+        "busy": len(live.busy) if live else row["running"],
         "jobs_done": row["jobs_done"] + (live.done if live else 0),
         "jobs_failed": row["jobs_failed"] + (live.failed if live else 0),
         "tokens": row["tokens"] + (live.tokens if live else 0),

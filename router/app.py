@@ -363,6 +363,7 @@ def _join(
             models,
             hub,
             attempts,
+            presence,
             router_id=this_router,
             clock=clock,
         ),

@@ -38,6 +38,9 @@ class Bus(Protocol):
     on_message: Callable[[str, Message], None]
     on_gap: Callable[[str], None]
     on_up: Callable[[], None]
+    sent: int
+    received: int
+    gaps: int
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ RouterError
 ├── JobNotWaiting         only a waiting job can be bumped
 ├── JobNotEnded           there is no receipt before the end
 ├── AnswerDelayed         the answer is whole, but the database is not there to take it
+├── AnswerLost            what was shown of an answer will not be continued; it is being made anew
 ├── JobFailed             the job ended without an answer
 ├── Forbidden             the credential does not open this
 ├── Paused / Draining     no new work is taken
@@ -104,6 +105,12 @@ class AnswerDelayed(RouterError):
     """Facts: job, token, status_url, where the answer can be fetched once it is recorded."""
 
     code = "answer_delayed"
+
+
+class AnswerLost(RouterError):
+    """Facts: job."""
+
+    code = "answer_lost"
 
 
 class JobFailed(RouterError):

@@ -134,8 +134,18 @@ class Jobs:
         """Cancel jobs that may have been queued for somebody who was told that they were not."""
         while True:
             try:
-                for row in await self.of_quote(submission.quote.id):
-                    await self.cancel(row["id"], reason="database_unavailable")
+                rows = await self.of_quote(submission.quote.id)
+                break
+            except DatabaseUnavailable:
+                await asyncio.sleep(AGAIN_S)
+        for row in rows:
+            await self.cancel_surely(row["id"], reason="database_unavailable")
+
+    async def cancel_surely(self, job_id: str, *, reason: str) -> None:
+        """Cancel a job, however long it takes until the database can be told."""
+        while True:
+            try:
+                await self.cancel(job_id, reason=reason)
                 return
             except DatabaseUnavailable:
                 await asyncio.sleep(AGAIN_S)

@@ -1,8 +1,9 @@
 """What has to be done from time to time, whoever is there to wait for it.
 
     often    renew the leases of what runs here; keep what running jobs have said
-    seconds  take back jobs whose lease has run out; expire unpaid quotes and waits that are over;
-             write the workers' records; move waiting jobs to finer lanes
+    seconds  cancel what another router was asked to; take back jobs whose lease has run out; expire
+             unpaid quotes and waits that are over; write the workers' records; move waiting jobs to
+             finer lanes
     minutes  wipe texts; forget old idempotency keys, and changes of the queue
 
 Every step may run on several routers at once: guards in the statements make a second time harmless.
@@ -27,6 +28,8 @@ from router.job_states import Event, State
 from router.job_stream import StreamHub
 from router.lanes import Edges, model_of
 from router.models import Models
+from router.orphans import Orphans
+from router.presence import Presence
 from router.results import result
 from router.settings import Settings
 from router.workers import Fleet
@@ -54,6 +57,7 @@ class Maintenance:
         models: Models,
         hub: StreamHub,
         attempts: Attempts,
+        presence: Presence,
         *,
         router_id: str,
         clock: Callable[[], datetime],
@@ -64,6 +68,8 @@ class Maintenance:
         self._models = models
         self._hub = hub
         self._attempts = attempts
+        self._presence = presence
+        self._orphans = Orphans(database, attempts, presence, router_id=router_id)
         self._router_id = router_id
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
@@ -74,8 +80,16 @@ class Maintenance:
         loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
             (KEEP_S, [self.keep_chunks]),
             (self._settings.lease_s / 4, [self.renew_leases]),
-            (2.0, [self.cancel_asked, self.take_back_lost, self.expire_waits, self.expire_quotes]),
-            (5.0, [self.keep_records, self.finer_lanes]),
+            (
+                2.0,
+                [
+                    self._orphans.cancel_asked,
+                    self.take_back_lost,
+                    self.expire_waits,
+                    self.expire_quotes,
+                ],
+            ),
+            (5.0, [self._orphans.cancel_left_behind, self.keep_records, self.finer_lanes]),
             (10.0, [self.wipe, self.forget_queue_changes]),
         ]
         self._tasks = [
@@ -137,25 +151,9 @@ class Maintenance:
             await self._attempts.end(Ending(row["id"], Event.CANCEL, "client_gone"))
         return len(rows)
 
-    async def cancel_asked(self) -> None:
-        """Cancel what another router was asked to cancel and runs here, or waits again."""
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(
-                "select id, state, attempt, cancel_reason from jobs where cancel_reason is not null"
-                " and (state = 'running' and router_id = $1 or state = 'queued') limit $2",
-                self._router_id,
-                _BATCH,
-            )
-        for row in rows:
-            if row["state"] == State.QUEUED:
-                await self._attempts.end(
-                    Ending(row["id"], Event.CANCEL, row["cancel_reason"], attempt=row["attempt"])
-                )
-            else:
-                self._attempts.cancel_later(row["id"], row["cancel_reason"])
-
     async def take_back_lost(self) -> int:
-        """Jobs of any router whose lease has run out, and jobs of ours that nobody runs.
+        """Jobs of any router whose lease has run out or that is lost, and jobs of ours that nobody
+        runs.
 
         A claim whose commit we did not hear of, because the database went away in that moment, was
         never sent to its worker.
@@ -164,7 +162,9 @@ class Maintenance:
             f"started_at < now() - interval '{UNSENT_S} seconds' and router_id = $1",
             self._router_id,
         )
-        return unsent + await self._take_back("lease_ends_at < $1", self._clock())
+        lost = self._presence.lost()
+        dead = await self._take_back("router_id = any($1::text[])", lost) if lost else 0
+        return unsent + dead + await self._take_back("lease_ends_at < $1", self._clock())
 
     async def _take_back(self, condition: str, value: Any) -> int:
         async with self._database.connection() as connection:

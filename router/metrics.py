@@ -127,6 +127,7 @@ def _families(reading: Reading) -> Iterator[Metric]:
     yield info
     yield from _work(core)
     yield from _process(core)
+    yield from _others(core)
     yield _one("database_up", "Whether PostgreSQL answered.", int(reading.books is not None))
     if reading.books is not None:
         yield from _booked(core, reading.books)
@@ -204,6 +205,22 @@ def _process(core: Core) -> Iterator[Metric]:
     paused = int(core.runtime.paused is not None)
     yield _one("paused", "Whether the operator has paused new work.", paused)
     yield _one("draining", "Whether this router is shutting down.", int(core.draining))
+
+
+def _others(core: Core) -> Iterator[Metric]:
+    bus = core.relay.bus
+    yield _one("bus_up", "Whether the bus between routers takes messages.", int(bus.up))
+    yield _counter("bus_sent", "Messages sent to other routers.", bus.sent)
+    yield _counter("bus_received", "Messages of other routers.", bus.received)
+    yield _counter("bus_gaps", "Parcels of other routers that were missed.", bus.gaps)
+    yield _one("routers_others", "Other routers that are alive.", core.presence.others)
+    yield _one(
+        "far_workers",
+        "Workers connected to other routers.",
+        sum(worker.stands_for for worker in core.fleet.elsewhere()),
+    )
+    jobs = {"read_here": core.relay.following, "read_elsewhere": core.relay.telling}
+    yield _by("far_jobs", "Jobs that run at one router and are read at another.", "how", jobs)
 
 
 def _booked(core: Core, books: Books) -> Iterator[Metric]:

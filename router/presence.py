@@ -36,8 +36,6 @@ SAY_S = 1.0
 GATHER_S = 0.02
 STALE_S = 8.0
 LOST_S = 20.0
-# Rows of routers that have been gone for this long are deleted.
-FORGOTTEN = "1 day"
 # So many workers are named: whether a job has been tried by all of them matters only for a few.
 MOST_NAMED = 8
 
@@ -45,12 +43,16 @@ _WRITE = """
 insert into routers (id, started_at, seen_at, workers) values ($1, now(), clock_timestamp(), $2)
 on conflict (id) do update set seen_at = clock_timestamp(), workers = excluded.workers"""
 
+_FORGET = "delete from routers where seen_at < now() - interval '1 day'"
+
 
 @dataclass(slots=True)
 class Peer:
-    """Another router. `seen_at` as it stood in its row; `alive_at` by our own clock."""
+    """Another router. `seen_at` as it stood in its row; the last sign of life and the last word on the
+    bus by our own clock."""
 
     alive_at: float
+    heard_at: float = float("-inf")
     seen_at: Any = None
     workers: list[Any] = field(default_factory=list)
     lasts: dict[str, int] = field(default_factory=dict)
@@ -81,6 +83,14 @@ class Presence:
         """How many other routers there are now."""
         return sum(1 for peer in self._peers.values() if _silent_s(peer) < STALE_S)
 
+    def is_connected(self, worker: Any) -> bool:
+        """Whether the worker with this row is connected to some router of this market."""
+        router_id = worker["router_id"]
+        if router_id is None or router_id == self._router_id:
+            return self._fleet.get(worker["id"]) is not None
+        peer = self._peers.get(router_id)
+        return peer is not None and _silent_s(peer) < STALE_S
+
     def is_lost(self, router_id: str) -> bool:
         """Whether a router has been silent for so long that what hangs on it is lost.
 
@@ -90,6 +100,10 @@ class Presence:
             return False
         peer = self._peers.setdefault(router_id, Peer(time.monotonic()))
         return _silent_s(peer) > LOST_S
+
+    def lost(self) -> list[str]:
+        """The routers that were there and are lost."""
+        return [name for name, peer in self._peers.items() if _silent_s(peer) > LOST_S]
 
     def start(self) -> None:
         self._tasks = [
@@ -140,6 +154,7 @@ class Presence:
         began = time.monotonic()
         async with self._database.connection() as connection:
             await connection.execute(_WRITE, self._router_id, json.dumps(self._summary()))
+            await connection.execute(_FORGET)
             rows = await connection.fetch(
                 "select id, seen_at, workers from routers where id <> $1", self._router_id
             )
@@ -152,7 +167,9 @@ class Presence:
                 peer.seen_at = row["seen_at"]
             elif peer.seen_at != row["seen_at"]:
                 peer.seen_at, peer.alive_at = row["seen_at"], time.monotonic()
-                self._learn(row["id"], peer, json.loads(row["workers"]))
+                # What it says on the bus is newer than what it has written.
+                if peer.alive_at - peer.heard_at > 3 * SAY_S:
+                    self._learn(row["id"], peer, json.loads(row["workers"]))
         if time.monotonic() - began > WRITE_S:
             # The database was slow for us, and so for them.
             self._think_all_alive()
@@ -197,7 +214,7 @@ class Presence:
         workers, lasts = said
         is_new = sender not in self._peers or _silent_s(self._peers[sender]) >= STALE_S
         peer = self._peers.setdefault(sender, Peer(0.0))
-        peer.alive_at = time.monotonic()
+        peer.alive_at = peer.heard_at = time.monotonic()
         for model, milli in lasts.items():
             if peer.lasts.get(model) != milli:
                 self._market.last_multiplier_milli[model] = milli
@@ -242,6 +259,7 @@ def _group(workers: list[Worker]) -> dict[str, Any]:
         "models": [model.model_dump(mode="json") for model in workers[0].models],
         "workers": len(workers),
         "idle": sum(1 for worker in workers if worker.free_slots > 0),
+        "busy": sum(1 for worker in workers if worker.busy),
         "slots": sum(worker.slots for worker in workers),
         "free": sum(worker.free_slots for worker in workers),
         "names": [worker.id for worker in workers] if len(workers) <= MOST_NAMED else [],
@@ -277,5 +295,6 @@ def _far_workers(router_id: str, index: int, group: dict[str, Any]) -> FarWorker
         router_id=router_id,
         free=group["free"],
         idle=group["idle"],
+        busy_workers=group["busy"],
         names=frozenset(group["names"]),
     )

@@ -36,7 +36,9 @@ async def find(core: Core, worker_key: str) -> Any:
     """The row of the worker that holds this key; None when there is none."""
     async with core.database.connection() as connection:
         return await connection.fetchrow(
-            "select * from workers where key_hash = $1", hash_worker_key(worker_key)
+            "select w.*, (select count(*) from jobs j where j.state = 'running' and j.worker_id = w.id)"
+            " as running from workers w where key_hash = $1",
+            hash_worker_key(worker_key),
         )
 
 
@@ -69,11 +71,11 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
     return {
         "worker_id": worker_id,
         "name": row["name"],
-        "online": live is not None,
+        "online": core.presence.is_connected(row),
         "banned": row["banned_at"] is not None,
         "draining": row["draining"],
         "slots": live.slots if live else row["slots"],
-        "busy": len(live.busy) if live else 0,
+        "busy": len(live.busy) if live else row["running"],
         **address_view(address),
         "earned_msat": sums.earned_msat,
         "paid_msat": sums.paid_msat,
@@ -240,13 +242,16 @@ def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, 
 
 def stats(core: Core) -> dict[str, int]:
     """How many workers are idle and how many are busy; `connected` counts only the idle (QB-R17)."""
-    workers = core.fleet.all()
-    busy = sum(1 for worker in workers if worker.busy)
-    return {"connected": len(workers) - busy, "busy": busy}
+    here, elsewhere = core.fleet.all(), core.fleet.elsewhere()
+    busy = sum(1 for worker in here if worker.busy) + sum(w.busy_workers for w in elsewhere)
+    return {
+        "connected": len(here) + sum(w.stands_for for w in elsewhere) - busy,
+        "busy": busy,
+    }
 
 
 async def detail(core: Core, worker_id: str | None) -> list[dict[str, Any]]:
-    """What connected workers are, without who they are (QB-R18). None: all of them."""
+    """What workers connected here are, without who they are (QB-R18). None: all of them."""
     workers = [w for w in core.fleet.all() if worker_id is None or w.id == worker_id]
     async with core.database.connection() as connection:
         rows = await connection.fetch(

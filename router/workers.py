@@ -139,6 +139,7 @@ class FarWorkers(Worker):
     router_id: str = ""
     free: int = 0
     idle: int = 0
+    busy_workers: int = 0
     names: frozenset[str] = frozenset()
 
     @property

@@ -46,11 +46,13 @@ async def test_a_router_is_ready_when_all_that_a_sale_needs_is_there(router: Rig
     assert reply.status_code == 200
     assert reply.json() == {
         "ready": True,
+        "degraded": False,
         "parts": {
             "database": "ok",
             "lightning": "ok",
             "settlements": "ok",
             "dispatcher": "ok",
+            "bus": "ok",
             "router": "ok",
         },
         "network": "regtest",
@@ -92,6 +94,7 @@ async def test_each_part_that_is_away_is_named(router: Rig, monkeypatch: pytest.
         "lightning": "not_synced",
         "settlements": "stream_lost",
         "dispatcher": "stopped",
+        "bus": "ok",
         "router": "ok",
     }
     core.draining = True

@@ -44,6 +44,8 @@ class Trouble:
     first_place: int = 0
 
 
+# Long enough for the lease of a dead process to end, and for certainty about what it had sent.
+AFTER_S = SETTINGS.lease_s + 41
 TROUBLES = {
     "none": Trouble(every=1),
     "fail": Trouble((Fault(FaultKind.FAIL),)),
@@ -98,7 +100,7 @@ async def test_killed_at_every_place_a_worker_is_paid_once(world: World, name: s
             await world.pass_time(6)
             lives = await first.turn()
         await world.check_payments()
-        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.pass_time(AFTER_S)
         successor = world.process()
         await successor.turn()
         await successor.turn()
@@ -129,7 +131,7 @@ async def test_killed_at_every_place_a_client_gets_its_withdrawal_or_its_money(
             await world.network.script(fault)
         first = world.process(sparks_left=n)
         lives = await orders(first, client, bolt11) and await first.turn()
-        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.pass_time(AFTER_S)
         second = world.process()
         ordered = await second.withdrawals.by_invoice(client, bolt11)
         await second.turn()
@@ -165,7 +167,7 @@ async def test_killed_again_and_again_it_still_pays_once(world: World):
     await world.network.script(Fault(FaultKind.DROP_AFTER, times=2))
     for life in range(4, 40, 2):
         await world.process(sparks_left=life).turn()
-        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.pass_time(AFTER_S)
         await world.check_payments()
     survivor = world.process()
     for n in range(4):
@@ -278,7 +280,7 @@ async def test_a_node_that_lost_one_record_pays_the_same_invoice_or_nothing(worl
         await world.worker(worker_id, OWED_MSAT)
         await world.network.script(Fault(FaultKind.FORGET))
         lives = await world.process(sparks_left=n).turn()
-        await world.pass_time(SETTINGS.lease_s + 1)
+        await world.pass_time(AFTER_S)
         await world.network.clear_faults()
         successor = world.process()
         for _ in range(3):

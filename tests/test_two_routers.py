@@ -18,7 +18,7 @@ import pytest
 from router.bus import Exchange
 from tests.nats_tools import CutProxy, NatsServer, nats_if_any
 from tests.reading import CHAT, PATIENCE_S, Reader, until
-from tests.router_rig import Rig, ScriptedWorker, running_network, running_router
+from tests.router_rig import ADMIN_TOKEN, Rig, ScriptedWorker, running_network, running_router
 
 SECRET = "5" * 64
 
@@ -51,13 +51,13 @@ async def running_pair(
 
 
 @asynccontextmanager
-async def worker_at(rig: Rig, *, known_at: Rig) -> AsyncIterator[ScriptedWorker]:
+async def worker_at(rig: Rig, *, known_at: Rig, **options: Any) -> AsyncIterator[ScriptedWorker]:
     """A worker of one router, once the other has heard of it."""
 
     async def known() -> bool:
         return bool(known_at.core.fleet.elsewhere())
 
-    async with rig.worker() as worker:
+    async with rig.worker(**options) as worker:
         await until(known)
         yield worker
 
@@ -321,6 +321,64 @@ async def test_what_a_reader_elsewhere_was_shown_is_charged_when_the_worker_is_l
     assert (await a.books()).in_order
 
 
+async def test_prices_waits_and_what_is_served_go_by_the_workers_of_all_routers(pair):
+    a, b = pair
+    refused = await a.http.post("/v1/chat/completions", json=CHAT)
+    assert refused.json()["error"]["code"] == "unknown_model"
+    async with worker_at(b, known_at=a, slots=2) as worker:
+        (model,) = (await a.http.get("/info")).json()["models"]
+        assert (model["workers"], model["idle_workers"], model["servable"]) == (1, 1, True)
+        quote = (await a.http.post("/quotes", json=CHAT | {"kind": "chat"})).json()
+        assert quote["queue"]["servable"] and quote["queue"]["wait_s"] == {"p50": 0, "p90": 0}
+        mine = {"Authorization": f"Bearer {worker.key}"}
+
+        async def online() -> bool:
+            view = (await a.http.get("/workers/me", headers=mine)).json()
+            return view["online"]
+
+        await until(online)
+        assert (await a.http.get("/worker/stats")).json() == {"connected": 1, "busy": 0}
+
+    async def gone() -> bool:
+        reply = await a.http.post("/v1/chat/completions", json=CHAT)
+        return reply.status_code == 503 and reply.json()["error"]["code"] == "no_worker"
+
+    await until(gone)
+
+
+async def test_what_an_admin_orders_at_one_router_reaches_the_workers_of_the_other(pair):
+    """Drain, ban, pause and fees: within the time in which settings are read again."""
+    a, b = pair
+    admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    async with worker_at(b, known_at=a) as worker:
+        drained = await a.http.post(f"/admin/workers/{worker.id}/drain", headers=admin)
+        assert drained.status_code == 200
+
+        async def draining() -> bool:
+            return b.core.fleet.all()[0].draining
+
+        await until(draining)
+        changed = await a.http.put("/admin/fees", json={"prompt_fee_msat": 7000}, headers=admin)
+        assert changed.status_code == 200
+        shown = (await b.http.get("/info")).json()["fees"]
+        assert shown["prompt_fee_msat"] == 7000
+        await a.http.post("/admin/pause", json={"message": "back soon"}, headers=admin)
+
+        async def paused() -> bool:
+            return (await b.http.get("/info")).json()["paused"] == "back soon"
+
+        await until(paused)
+        banned = await a.http.post(
+            f"/admin/workers/{worker.id}/ban", json={"reason": "bad"}, headers=admin
+        )
+        assert banned.status_code == 200
+
+        async def sent_away() -> bool:
+            return not b.core.fleet.all()
+
+        await until(sent_away)
+
+
 async def test_tool_calls_cross_to_the_other_router(pair):
     a, b = pair
     key = await a.bearer()
@@ -393,6 +451,10 @@ async def test_a_stream_goes_on_while_nats_is_killed_and_when_it_is_back(
             await worker.say(job, "while it is away, ", seq=1)
             await reader.until_shown("before, while it is away, ")
             assert not a.core.relay.bus.up
+            health = await a.http.get("/health/ready")
+            assert health.status_code == 200 and health.json()["degraded"]
+            assert health.json()["parts"]["bus"] == "away"
+            assert "satherd_bus_up 0.0" in (await a.http.get("/metrics")).text
             await nats.start()
             await until(lambda: _joined([a, b]))
             await worker.say(job, "and after.", seq=2)

@@ -49,6 +49,10 @@ STATUSES: dict[str, tuple[int, str]] = {
         "The database is away; nothing was charged, or a repeat finds it.",
     ),
     "answer_delayed": (503, "The answer is whole but not recorded yet; fetch it at `status_url`."),
+    "answer_lost": (
+        503,
+        "The worker was lost; the answer is made anew and can be fetched as `job`, from its start.",
+    ),
     "lightning_unavailable": (503, "The Lightning node is away; nothing was charged."),
     "internal_error": (500, "A fault of the router; it is in its log."),
 }

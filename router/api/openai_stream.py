@@ -12,9 +12,10 @@ from router.api import openai_shapes as shapes
 from router.api import sse
 from router.api.errors import Problem, problem_of
 from router.api.purchase import Purchase
+from router.api.waiting import abandon
 from router.core import Core
 from router.database import DatabaseUnavailable
-from router.errors import RouterError
+from router.errors import AnswerLost, RouterError
 from router.following import Event
 from router.job_states import State
 from router.job_stream import JobStream
@@ -87,6 +88,10 @@ class AnswerStream:
                     async for index, event in all_of_them:
                         if said := writer.write(index, event):
                             yield said
+        except AnswerLost as error:
+            yield sse.data(shapes.error_body(problem_of(error)))
+            # Whoever cannot come back for the new answer does not pay for it.
+            abandon(self._core, self._bought)
         except (RouterError, DatabaseUnavailable) as error:
             # The headers have gone out: it can only be said in the stream, which has no `[DONE]`.
             yield sse.data(shapes.error_body(problem_of(error)))
@@ -102,6 +107,7 @@ class _Writer:
         self._echoes = [shapes.echoed(item.spec) if wanted.echo else "" for item in wanted.items]
         self._job_ids = bought.job_ids
         self._begun: set[int] = set()
+        self._attempts: dict[int, int] = {}
         self._ended: dict[int, Outcome] = {}
         created_s = int(time.time())
         self._choices = [
@@ -133,10 +139,25 @@ class _Writer:
             choice = self._choices[index]
             said = choice.delta(delta) if delta else choice.text(event.data["text"])
             return [*self._opening(index), said]
+        if event.kind == "state":
+            self._same_attempt(index, event.data["attempt"])
         if event.outcome is not None:
             self._ended[index] = event.outcome
             return self._ending(index, event.outcome)
         return []
+
+    def _same_attempt(self, index: int, attempt: int) -> None:
+        """Raises AnswerLost where more would be a mixture of two answers.
+
+        A job that has shown output is not given to another worker, unless the router that ran it
+        died before it could write down that it was shown.
+        """
+        if index in self._begun and attempt != self._attempts.get(index, attempt):
+            raise AnswerLost(
+                "the worker was lost in the middle of the answer, which is being made anew",
+                job=self._job_ids[index],
+            )
+        self._attempts[index] = attempt
 
     def _opening(self, index: int) -> list[bytes]:
         if index in self._begun:

@@ -55,9 +55,12 @@ async def ready(request: Request) -> Response:
     found = dict(await readiness.look(core))
     if core.draining:
         found["router"] = "draining"
-    is_ready = all(state == OK for state in found.values())
+    # Without the bus a router goes on with what is its own and by the database: to take it, and all
+    # others with it, out of service would be the worse outage.
+    is_ready = all(state == OK for part, state in found.items() if part != "bus")
     body = {
         "ready": is_ready,
+        "degraded": is_ready and found["bus"] != OK,
         "parts": found,
         "network": core.node.network,
         "simulated": core.node.simulated,
@@ -90,6 +93,7 @@ async def parts(core: Core) -> dict[str, str]:
         "lightning": lightning,
         "settlements": _settlements(core),
         "dispatcher": _dispatcher(core),
+        "bus": OK if core.relay.bus.up else "away",
         "router": OK,
     }
 

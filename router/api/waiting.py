@@ -64,7 +64,7 @@ def abandon(core: Core, purchase: Purchase) -> None:
     """
     if purchase.cancel_when_gone and not core.draining:
         for job_id in purchase.job_ids:
-            in_background(core.jobs.cancel(job_id, reason="client_gone"))
+            in_background(core.jobs.cancel_surely(job_id, reason="client_gone"))
 
 
 def in_background(work: Coroutine[Any, Any, Any]) -> None:
