@@ -53,21 +53,29 @@ class DoorIds:
         self._database = database
         self._secret = secret
 
-    async def issue(self, door: Door, quote_id: str, *, indexes: Sequence[int | None]) -> list[str]:
+    async def issue(
+        self,
+        door: Door,
+        quote_id: str,
+        *,
+        indexes: Sequence[int | None],
+        shown_as: str | None = None,
+    ) -> list[str]:
         """An id for each of `indexes` (None: all jobs of the quote), 32 hex digits each.
 
-        Twice is harmless: the ids are the same.
+        `shown_as`: the client's public name. Twice is harmless: the ids are the same.
         """
         ids = [self._id(door, quote_id, index) for index in indexes]
         async with self._database.connection() as connection:
             await connection.execute(
-                "insert into door_ids (id_hash, door, quote_id, job_index)"
-                " select h, $2, $3, i from unnest($1::bytea[], $4::int[]) t(h, i)"
+                "insert into door_ids (id_hash, door, quote_id, job_index, shown_as)"
+                " select h, $2, $3, i, $5 from unnest($1::bytea[], $4::int[]) t(h, i)"
                 " on conflict do nothing",
                 [hash_secret(door_id) for door_id in ids],
                 door.value,
                 quote_id,
                 list(indexes),
+                shown_as,
             )
         return ids
 
@@ -110,6 +118,30 @@ def as_uuid(door_id: str) -> str:
     return str(uuid.UUID(hex=door_id))
 
 
+_USE = """
+select d.shown_as, sum(j.prompt_tokens) as tokens
+from door_ids d join jobs j on j.quote_id = d.quote_id and j.state = 'succeeded'
+where d.shown_as is not null group by 1"""
+
+_FORGET = """
+with gone as (delete from door_ids where created_at < $1 returning quote_id, shown_as)
+insert into named_use (name, tokens)
+select g.shown_as, sum(j.prompt_tokens) from gone g
+join jobs j on j.quote_id = g.quote_id and j.state = 'succeeded'
+where g.shown_as is not null group by 1
+on conflict (name) do update set tokens = named_use.tokens + excluded.tokens"""
+
+
+async def use_by_name(connection: Any) -> dict[str, int]:
+    """Prompt tokens of the answers that were given, by the public name of who asked (KC-10)."""
+    use: dict[str, int] = {}
+    for row in await connection.fetch(
+        f"select name, tokens from named_use union all ({_USE}) order by 1"
+    ):
+        use[row["name"]] = use.get(row["name"], 0) + int(row["tokens"])
+    return use
+
+
 async def forget_old(connection: Any, *, now: Any) -> None:
-    """Delete the ids of jobs that ended long ago."""
-    await connection.execute("delete from door_ids where created_at < $1", now - KEPT)
+    """Delete the ids of jobs that ended long ago; what was used by name stays counted."""
+    await connection.execute(_FORGET, now - KEPT)

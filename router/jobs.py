@@ -215,13 +215,13 @@ class Jobs:
             self._models.lanes_of(row), row["multiplier_milli"], row["seq"], row["model"]
         )
 
-    async def touch(self, job_id: str, wipe_after_s: int) -> None:
-        """An answer was asked for: its wiping is put off."""
+    async def touch(self, *job_ids: str, wipe_after_s: int) -> None:
+        """Answers were asked for: their wiping is put off."""
         async with self._database.connection() as connection:
             await connection.execute(
                 "update jobs set wipe_at = now() + make_interval(secs => $2)"
-                " where id = $1 and wipe_at is not null",
-                job_id,
+                " where id = any($1::text[]) and wipe_at is not null",
+                job_ids,
                 float(wipe_after_s),
             )
 

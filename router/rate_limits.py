@@ -101,6 +101,10 @@ class RateLimits:
         """Raises TooManyRequests: this client has had addresses looked up for now."""
         self._count(request, "check-address", lambda: ADDRESS_CHECKS_PER_MINUTE)
 
+    def poll(self, request: HTTPConnection, what: str, per_minute: int) -> None:
+        """Raises TooManyRequests: this client asks more often than its dialect allows (KC-11)."""
+        self._count(request, what, lambda: per_minute)
+
     def client(self, request: HTTPConnection) -> str:
         """The client's address as it is counted: for IPv6, its network."""
         return client_address(request, self._proxies)

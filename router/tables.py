@@ -309,7 +309,10 @@ class ReceiptKeyRow(SQLModel, table=True):
 
 
 class DoorId(SQLModel, table=True):
-    """An id that a polling door handed out, by its hash: it opens the jobs of a quote, or one."""
+    """An id that a polling door handed out, by its hash: it opens the jobs of a quote, or one.
+
+    `shown_as`: the name that the client goes by in public, where its dialect has one.
+    """
 
     __tablename__ = "door_ids"
     __table_args__ = (Index("door_ids_created", "created_at"),)
@@ -317,7 +320,35 @@ class DoorId(SQLModel, table=True):
     door: str = Field(sa_column=Column(Text, nullable=False))
     quote_id: str = Field(sa_column=Column(Text, nullable=False))
     job_index: int | None = Field(default=None, sa_column=Column(Integer))
+    shown_as: str | None = Field(default=None, sa_column=Column(Text))
     created_at: datetime = Field(sa_column=_now())
+
+
+class PullWorker(SQLModel, table=True):
+    """A worker that polls, by the name that its owner keeps; its record is in `workers`.
+
+    `owner_hash` is of the secret that goes with the name (`router.pull_records`). `shown_as`: the
+    public name of its owner, where its dialect has one.
+    """
+
+    __tablename__ = "pull_workers"
+    __table_args__ = (Index("pull_workers_owner", "owner_hash"),)
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    door: str = Field(sa_column=Column(Text, nullable=False))
+    worker_id: str = Field(sa_column=Column(Text, nullable=False, unique=True))
+    owner_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    shown_as: str | None = Field(default=None, sa_column=Column(Text))
+    info: str | None = Field(default=None, sa_column=Column(Text))
+    agent: str | None = Field(default=None, sa_column=Column(Text))
+    created_at: datetime = Field(sa_column=_now())
+
+
+class NamedUse(SQLModel, table=True):
+    """Prompt tokens by the public name of a client, of jobs whose ids are forgotten (KC-10)."""
+
+    __tablename__ = "named_use"
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    tokens: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
 class SettingRow(SQLModel, table=True):

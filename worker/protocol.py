@@ -97,7 +97,10 @@ class ChatSpec(BaseModel):
 
 
 class CompletionSpec(BaseModel):
-    """One continuation of `prompt`, which is text or token ids of the model."""
+    """One continuation of `prompt`, which is text or token ids of the model.
+
+    `kobold`: samplers that only KoboldAI's family of engines has, by its own names.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -110,6 +113,7 @@ class CompletionSpec(BaseModel):
     sampling: Sampling = Sampling()
     stream: bool = False
     echo: bool = False
+    kobold: dict[str, Any] | None = None
 
 
 class EmbeddingSpec(BaseModel):

@@ -207,7 +207,7 @@ async def get_job(request: Request, job_id: str) -> Response:
     core = core_of(request)
     try:
         row = await open_job(core, request, job_id)
-        await core.jobs.touch(row["id"], core.settings.wipe_after_s)
+        await core.jobs.touch(row["id"], wipe_after_s=core.settings.wipe_after_s)
         return answer(await core.jobs.view(row))
     except Exception as error:
         return _refused(error, request)

@@ -50,10 +50,12 @@ class Style:
 
     `apikey`: clients may bring a key in that header. `polls`: they come back for the answer, so that
     a job goes on without them, and from a prepaid key one is taken that no worker can do yet (AH-4).
+    `attached`: clients wait for the answer, and a prepaid one that goes away takes its jobs along.
     """
 
     apikey: bool = False
     polls: bool = False
+    attached: bool = False
 
 
 AT_ONCE = Style()
@@ -71,14 +73,18 @@ class Purchase:
 
 def parse(core: Core, request: Request, kind: Kind, body: Any) -> requests.Request:
     """A checked request with the terms of its headers."""
+    return requests.parse(kind, body, core.limits, terms(core, request))
+
+
+def terms(core: Core, request: Request) -> Terms:
+    """What the headers say about money and time. Raises BadRequest."""
     headers = request.headers
-    terms: Terms = requests.terms_from(
+    return requests.terms_from(
         multiplier=headers.get("x-fee-multiplier"),
         max_fee_msat=headers.get("x-max-fee-msat"),
         max_wait_s=headers.get("x-max-wait-s"),
         limits=core.limits,
     )
-    return requests.parse(kind, body, core.limits, terms)
 
 
 async def buy(
@@ -155,7 +161,7 @@ async def _from_balance(
     core: Core, request: Request, wanted: requests.Request, payer: Payer, style: Style
 ) -> Purchase:
     once = _once(request, wanted, payer)
-    gone = _leaves_with_client(request, payer) and not style.polls
+    gone = _leaves_with_client(request, payer, style)
     budget = None
     if wanted.max_tokens is None and wanted.kind in TEXT_KINDS:
         budget = await _budget_msat(core, payer)
@@ -178,12 +184,12 @@ async def _from_balance(
     return Purchase(quote.id, tuple(job.id for job in quote.jobs), payer, gone)
 
 
-def _leaves_with_client(request: Request, payer: Payer) -> bool:
+def _leaves_with_client(request: Request, payer: Payer, style: Style) -> bool:
     """Whether a client that goes takes its jobs along (§3.5): not where it can come back for them."""
     return (
         payer.key is not None
         and "idempotency-key" not in request.headers
-        and request.scope["path"].startswith("/v1/")
+        and (style.attached or request.scope["path"].startswith("/v1/"))
     )
 
 

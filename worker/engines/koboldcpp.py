@@ -204,7 +204,8 @@ class KoboldCppEngine:
         }
         if stops:
             body["stop_sequence"] = stops
-        return body | _sampling(job.sampling)
+        carried = (job.kobold if isinstance(job, CompletionSpec) else None) or {}
+        return carried | body | _sampling(job.sampling)
 
     # --- the answer ------------------------------------------------------------------------------
 
