@@ -111,7 +111,9 @@ def parse(
         "n": count,
         "max_tokens": length,
         **_sampling(params),
-        **{name: body[name] for name in ("fee_multiplier", "webhook") if body.get(name)},
+        **{
+            name: body[name] for name in ("fee_multiplier", "webhook") if body.get(name) is not None
+        },
     }
     if params.get("fee_multiplier") is not None:
         # Some clients let people add to `params` and to nothing else.

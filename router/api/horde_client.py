@@ -82,7 +82,7 @@ def _servable(core: Core, rows: list[Any]) -> bool:
 
 
 async def _wanted(core: Core, request: Request, body: dict[str, Any]) -> requests.Request:
-    params = body.get("params") or {}
+    params = {} if body.get("params") is None else body["params"]
     if not isinstance(params, Mapping):
         raise BadRequest("params must be an object", param="params")
     _check(body, params)

@@ -53,7 +53,7 @@ def refusal(error: Exception, request: Request) -> Response:
             return answer(
                 body | payment_body(core_of(request), error),
                 status=402,
-                headers=error.offer.header,
+                challenges=error.offer.challenges,
             )
         case BadCredential():
             return bad_key(request)

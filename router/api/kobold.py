@@ -102,7 +102,7 @@ async def _buy(core: Core, request: Request, body: dict[str, Any], style: Style)
                 param=name,
             )
     username_of(body)
-    params = body.get("params") or {}
+    params = {} if body.get("params") is None else body["params"]
     if not isinstance(params, Mapping):
         raise BadRequest("params must be an object", param="params")
     wanted = kobold_params.parse(
@@ -237,7 +237,7 @@ def refusal(error: Exception, request: Request) -> Response:
     core = core_of(request)
     if isinstance(error, PaymentRequired):
         body = {"message": "pay the invoice and repeat the request", **payment_body(core, error)}
-        return answer(body, status=402, headers=error.offer.header)
+        return answer(body, status=402, challenges=error.offer.challenges)
     if isinstance(error, BadCredential):
         try:
             core.limiter.failed(request, "key", KEY_FAILURES_PER_MINUTE)
