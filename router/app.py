@@ -75,6 +75,7 @@ from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer, ReceiptKey
 from router.relay import Relay
+from router.reputation import Reputation
 from router.requests import Limits
 from router.runtime_settings import RuntimeSettings
 from router.secret_files import master_secrets, receipt_seed, router_id
@@ -261,7 +262,15 @@ def _join(
             "give_back": job_store.give_back_many,
         },
     )
-    attempts = Attempts(database, writer, models, market, hub, max_attempts=settings.max_attempts)
+    attempts = Attempts(
+        database,
+        writer,
+        models,
+        market,
+        hub,
+        reputation=Reputation(database, fleet),
+        max_attempts=settings.max_attempts,
+    )
     relay = Relay(
         _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
     )

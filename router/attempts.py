@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -31,11 +31,15 @@ from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, outcome_of
 from router.market import Market
 from router.models import Models
+from router.reputation import Blame, Reputation
+from router.skips import GivenJobs
 from router.tally import Tally
 from router.workers import Worker
-from worker.protocol import FinishReason, Kind, Picture, Usage
+from worker.protocol import TEXT_KINDS, FinishReason, Kind, Picture, Usage
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SETTLE_S = 15.0
 
@@ -87,6 +91,7 @@ class Attempts:
         market: Market,
         hub: StreamHub,
         *,
+        reputation: Reputation,
         max_attempts: int,
     ) -> None:
         self._database = database
@@ -95,11 +100,13 @@ class Attempts:
         self._market = market
         self._hub = hub
         self._max_attempts = max_attempts
+        self.reputation = reputation
         self._endings: set[asyncio.Task] = set()
         self.running: dict[str, RunningAttempt] = {}
         self.on_work: Callable[[], None] = lambda: None
         self.on_started: Callable[[Claimed], None] = lambda claimed: None
         self.tally = Tally()
+        self.given = GivenJobs()
 
     def begin(self, claimed: Claimed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
         """A claimed job goes to a worker."""
@@ -108,6 +115,7 @@ class Attempts:
         stream.restart(State.RUNNING, claimed.attempt)
         running = RunningAttempt(claimed, worker, stream, stop)
         self.running[claimed.job_id] = running
+        self.given.note(claimed, worker)
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
         self._market.touch()
         self.on_started(claimed)
@@ -157,7 +165,8 @@ class Attempts:
     ) -> None:
         """The attempt has failed or its worker is lost: the job waits again, or ends.
 
-        `blame` is worker, job, router or nobody; `outcome` and `error` go into the record.
+        `blame` is one of `router.reputation.Blame`; `outcome` and `error` go into the record. A worker
+        that is not the first to fail at this job is not blamed: then it was the job.
         """
         if not running.settled:
             running.settled = True
@@ -178,7 +187,9 @@ class Attempts:
         delivered = running.delivered()
         charged = charging.charge(running.claimed, delivered, with_prompt_fee=True)
         answer = self._answer(running, "stop", delivered, charged, None)
-        await self._end_running(running, Event.CANCEL, reason, charged, answer, "cancelled")
+        await self._end_running(
+            running, Event.CANCEL, reason, charged, answer, "cancelled", Blame.CLIENT
+        )
         return True
 
     def cancel_later(self, job_id: str, reason: str) -> None:
@@ -198,13 +209,52 @@ class Attempts:
         images: Sequence[Picture],
     ) -> None:
         delivered = running.delivered(usage, images=len(images))
+        if self._may_be_broken(running, delivered):
+            await self._fail(running, "empty", Blame.WORKER, "an answer without a word", True)
+            return
         charged = charging.charge(running.claimed, delivered, with_prompt_fee=True)
         answer = self._answer(running, reason.value, delivered, charged, data, images)
+        seconds = time.monotonic() - running.began_at
         await self._end_running(running, Event.FINISH, reason.value, charged, answer, "succeeded")
         running.worker.succeeded(
             running.claimed.model,
             tokens=delivered.worker_tokens or charged.output_tokens,
-            seconds=time.monotonic() - running.began_at,
+            seconds=seconds,
+        )
+        if running.claimed.kind in TEXT_KINDS:
+            await self._judge(running, reason, delivered, seconds)
+
+    def _may_be_broken(self, running: RunningAttempt, delivered: Delivered) -> bool:
+        """Whether an answer without a word is to be asked for again, of somebody else.
+
+        Models do say nothing at times: it is believed when nobody else could be asked, when another
+        said nothing either, and where a stop string may have cut off the first word.
+        """
+        claimed = running.claimed
+        if claimed.kind not in TEXT_KINDS or delivered.utf8_bytes or claimed.attempt > 1:
+            return False
+        others = any(
+            worker.id != running.worker.id
+            for lane in self._models.lanes_of(claimed)
+            for worker in self._models.fleet.draining_lane(lane)
+        )
+        return others and not orjson.loads(claimed.spec).get("stop")
+
+    async def _judge(
+        self, running: RunningAttempt, reason: FinishReason, delivered: Delivered, seconds: float
+    ) -> None:
+        claimed = running.claimed
+        if not delivered.utf8_bytes and claimed.attempt > 1:
+            # The second to say nothing: so there is nothing to be said.
+            await self._after_outage(self.reputation.shift, claimed.job_id)
+        self.reputation.answered(
+            running.worker,
+            claimed,
+            reason=reason.value,
+            tokens=delivered.worker_tokens,
+            utf8_bytes=delivered.utf8_bytes,
+            prompt_tokens=delivered.worker_prompt_tokens or claimed.prompt_tokens,
+            seconds=seconds,
         )
 
     async def _fail(
@@ -219,8 +269,11 @@ class Attempts:
             outcome,
             blame,
         )
-        if blame == "worker":
-            running.worker.failed_by_own_fault()
+        of_the_job = blame == Blame.JOB
+        if blame == Blame.WORKER and await self._after_outage(self.reputation.shifted, claimed):
+            blame = Blame.JOB
+        if blame == Blame.WORKER:
+            self.reputation.fault(running.worker, claimed, outcome)
         shown = running.stream.shown and running.stream.length > 0
         if shown:
             delivered = running.delivered()
@@ -234,10 +287,12 @@ class Attempts:
         else:
             last = claimed.attempt >= self._max_attempts
             failed = "attempts_exhausted" if last else "worker_failed"
-            reason = outcome if blame == "job" else failed
+            reason = outcome if of_the_job else failed
             await self._end_running(
                 running, Event.FAIL, reason, NOTHING, None, outcome, blame, error
             )
+        if blame == Blame.JOB:
+            self.reputation.forgive(claimed.job_id)
 
     def _answer(
         self,
@@ -377,10 +432,17 @@ class Attempts:
             log.error("an ending could not be written", exc_info=task.exception())
 
     async def _row(self, job_id: str) -> Any:
+        async def read() -> Any:
+            async with self._database.connection() as connection:
+                return await connection.fetchrow("select * from jobs where id = $1", job_id)
+
+        return await self._after_outage(read)
+
+    async def _after_outage(self, ask: Callable[..., Awaitable[T]], *about: Any) -> T:
+        """What the database answers, however long it is away."""
         while True:
             try:
-                async with self._database.connection() as connection:
-                    return await connection.fetchrow("select * from jobs where id = $1", job_id)
+                return await ask(*about)
             except DatabaseUnavailable:
                 await asyncio.sleep(0.5)
 
@@ -395,6 +457,7 @@ class Attempts:
                 pause_s = min(pause_s * 2, 2)
 
     def _forget(self, running: RunningAttempt) -> None:
+        running.worker.freed_at = time.monotonic()
         if self.running.get(running.claimed.job_id) is running:
             del self.running[running.claimed.job_id]
 

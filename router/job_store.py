@@ -76,6 +76,11 @@ from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigin
 where a.job_id = t.job_id and a.n = t.n and a.ended_at is null"""
 
 
+# Two workers that fail at one job were both unlucky.
+SHIFT_BLAME = """
+update attempts set blame = 'job' where job_id = any($1::text[]) and blame = 'worker'"""
+
+
 _GIVE_BACK = """
 update jobs j set state = $3, worker_id = null, lease_ends_at = null, started_at = null,
     first_token_at = null, shown = false
@@ -292,3 +297,6 @@ async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
 
 async def _end_attempts(connection: Any, rows: Sequence[tuple]) -> None:
     await connection.execute(_END_ATTEMPTS, *(list(column) for column in zip(*rows, strict=True)))
+    shifted = [job_id for job_id, n, _, blame, *_ in rows if blame == "job" and n > 1]
+    if shifted:
+        await connection.execute(SHIFT_BLAME, shifted)

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -32,7 +33,7 @@ from router.orphans import Orphans
 from router.presence import Presence
 from router.results import result
 from router.settings import Settings
-from router.workers import Fleet
+from router.workers import Fleet, News, Worker
 from worker.protocol import Kind
 
 log = logging.getLogger(__name__)
@@ -281,13 +282,44 @@ class Maintenance:
 
     async def keep_records(self) -> None:
         """Write what was observed of the workers connected here."""
-        seen = [(w, w.done, w.failed, w.tokens) for w in self._fleet.all()]
-        async with self._database.connection() as connection:
-            await workers.keep_records(connection, [w for w, *_ in seen])
-        for worker, done, failed, tokens in seen:
+        here, left = self._fleet.all(), self._fleet.take_left()
+        forgiven = self._attempts.reputation.take_forgiven()
+        counts = [(w, w.done, w.failed, w.tokens) for w in [*left, *here]]
+        try:
+            async with self._database.connection() as connection:
+                await workers.keep_records(connection, self._news(counts, forgiven))
+        except BaseException:
+            for worker in left:
+                self._fleet.left(worker)
+            raise
+        for worker, done, failed, tokens in counts:
             worker.done -= done
             worker.failed -= failed
             worker.tokens -= tokens
+        await self._attempts.reputation.keep()
+
+    def _news(
+        self, counts: Sequence[tuple[Worker, int, int, int]], forgiven: dict[str, int]
+    ) -> list[News]:
+        """One for each worker: who has come back was here twice."""
+        news: dict[str, News] = {}
+        for worker, done, failed, tokens in counts:
+            before = news.get(worker.id)
+            news[worker.id] = News(
+                worker.id,
+                done + (before.done if before else 0),
+                failed + (before.failed if before else 0),
+                tokens + (before.tokens if before else 0),
+                worker.standing.reliability,
+                worker.standing.quality,
+                {**(before.speeds if before else {}), **worker.speeds},
+            )
+        for worker_id, faults in forgiven.items():
+            standing = self._attempts.reputation.standing(worker_id)
+            empty = News(worker_id, 0, 0, 0, standing.reliability, standing.quality, {})
+            known = news.get(worker_id, empty)
+            news[worker_id] = replace(known, failed=known.failed - faults)
+        return list(news.values())
 
     async def finer_lanes(self) -> None:
         """Bring in edges that other routers have added; after new ones move waiting jobs.

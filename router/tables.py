@@ -9,6 +9,7 @@
     attempts   one try at a job by one worker
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
+    worker_events  what was noted about a worker
     webhooks   who is to be told that a job has ended, until he has been told
     receipt_keys  the public keys of all routers that ever signed receipts here
     door_ids   what opens a job at a door where clients ask again and again
@@ -252,6 +253,7 @@ class WorkerRow(SQLModel, table=True):
     reliability: float = Field(
         default=1.0, sa_column=Column(Float, nullable=False, server_default="1")
     )
+    quality: float = Field(default=1.0, sa_column=Column(Float, nullable=False, server_default="1"))
     speeds: dict = Field(sa_column=Column(JSONB, nullable=False, server_default="{}"))
 
 
@@ -266,6 +268,24 @@ class RouterRow(SQLModel, table=True):
     started_at: datetime = Field(sa_column=_now())
     seen_at: datetime = Field(sa_column=_now())
     workers: list = Field(sa_column=Column(JSONB, nullable=False, server_default="[]"))
+
+
+class WorkerEventRow(SQLModel, table=True):
+    """Something noted about a worker that is no failed attempt; those are in `attempts`."""
+
+    __tablename__ = "worker_events"
+    __table_args__ = (
+        Index("worker_events_worker", "worker_id", "at"),
+        Index("worker_events_at", "at"),
+    )
+    id: int | None = Field(
+        default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True)
+    )
+    worker_id: str = Field(sa_column=Column(Text, nullable=False))
+    at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    code: str = Field(sa_column=Column(Text, nullable=False))
+    job_id: str | None = Field(default=None, sa_column=Column(Text))
+    facts: dict = Field(sa_column=Column(JSONB, nullable=False))
 
 
 class IdempotencyRow(SQLModel, table=True):

@@ -273,6 +273,8 @@ class WorkerGate:
             edges = await workers.add_edges(connection, applicant.models)
         if edges != self._fleet.edges:
             self._fleet.set_edges(edges)
+        standing = self._attempts.reputation.standing(record.id)
+        standing.resume(record.reliability, record.quality)
         return Worker(
             id=record.id,
             name=applicant.name,
@@ -281,7 +283,7 @@ class WorkerGate:
             payable=address.ln_url is not None,
             ln_url=address.ln_url,
             speeds=record.speeds,
-            reliability=record.reliability,
+            standing=standing,
             draining=record.draining,
             told_to_drain=record.draining,
             pulls=applicant.pulls,

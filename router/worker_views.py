@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,8 +13,7 @@ from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
 from router.core import Core
 from router.job_views import time_text
-from router.lanes import ANY_MODEL, answer_limit
-from router.queue_counts import Step
+from router.skips import Skip, skips
 from router.workers import Worker, hash_worker_key
 
 PAYOUTS_SHOWN = 20
@@ -26,10 +22,12 @@ _EVENTS_LOOKED_AT = 1000
 
 # Of the latest attempts only: a worker that never fails must not make us read all it ever did.
 _EVENTS = """
-select * from (
-    select started_at, ended_at, outcome, blame, error from attempts
-    where worker_id = $1 order by started_at desc limit $2) latest
-where blame = 'worker' order by started_at desc limit $3"""
+(select coalesce(ended_at, started_at) as at, outcome as code, error as message, null as facts
+ from (select * from attempts where worker_id = $1 order by started_at desc limit $2) latest
+ where blame = 'worker' order by started_at desc limit $3)
+union all
+(select at, code, null, facts from worker_events where worker_id = $1 order by at desc limit $3)
+order by at desc limit $3"""
 
 
 async def find(core: Core, worker_key: str) -> Any:
@@ -88,10 +86,12 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
         "jobs_failed": row["jobs_failed"] + (live.failed if live else 0),
         "tokens": row["tokens"] + (live.tokens if live else 0),
         "reputation": {
-            "score": round(live.reliability if live else row["reliability"], 4),
+            "score": round(live.standing.score if live else row["reliability"] * row["quality"], 4),
+            "reliability": round(live.reliability if live else row["reliability"], 4),
+            "quality": round(live.standing.quality if live else row["quality"], 4),
             "events": [_event(event) for event in events],
         },
-        "skips": [skip.as_json() for skip in skips(live, core.market.counts.steps())],
+        "skips": [skip.as_json() for skip in _skips(core, row, live)],
         "network": core.node.network,
         "simulated": core.node.simulated,
     }
@@ -162,79 +162,24 @@ def _models(row: Any, live: Worker | None) -> list[dict[str, Any]]:
 
 def _event(row: Any) -> dict[str, Any]:
     # The error is the worker's own words, or ours about it: its owner may read them.
-    return {
-        "at": time_text(row["ended_at"] or row["started_at"]),
-        "code": row["outcome"],
-        "message": row["error"],
-    }
+    event = {"at": time_text(row["at"]), "code": row["code"], "message": row["message"]}
+    return event | ({"facts": json.loads(row["facts"])} if row["facts"] else {})
 
 
-# --- why a waiting job is not given to a worker -------------------------------------------------
-
-
-@dataclass(slots=True)
-class Skip:
-    """Jobs that wait and that a worker is not given, for one reason."""
-
-    code: str
-    count: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"code": self.code, "count": self.count, "facts": self.facts}
-
-
-def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
-    """Why the jobs that wait now are not given to a worker, the most frequent reason first. Pure.
-
-    offline, draining, busy    it could have them, but is not there, or has its hands full
-    model_not_served           facts: the models
-    context_too_short          facts: the context needed by the longest class, and its own
-    max_tokens_too_low         facts: the same for the answer
-    """
-    found: dict[str, Skip] = {}
-    for code, count in worker.skips.items() if worker else ():
-        found[code] = Skip(code, count)
-    models: dict[str, int] = defaultdict(int)
-    for step in steps:
-        lane, code, facts = _skip(worker, step)
-        if code is None:
-            continue
-        skip = found.setdefault(code, Skip(code))
-        skip.count += step.jobs
-        if code == "model_not_served":
-            models[lane.split("/", 3)[3]] += step.jobs
-        elif facts.get("needed", 0) > skip.facts.get("needed", 0):
-            skip.facts = facts
-    if models:
-        wanted = sorted(models, key=lambda model: -models[model])
-        found["model_not_served"].facts = {"models": wanted[:10]}
-    return sorted(found.values(), key=lambda skip: (-skip.count, skip.code))
-
-
-def _skip(worker: Worker | None, step: Step) -> tuple[str, str | None, dict[str, Any]]:
-    """The lane that tells most, and why the worker gets nothing of it; None: it does."""
-    whys = [(lane, *_skip_lane(worker, lane)) for lane in step.lanes]
-    # A job that waits in several lanes is only skipped if it is in each, and "another model" is the
-    # last thing to say of one that waits for its model, too.
-    return min(whys, key=lambda why: (why[1] is not None, why[1] == "model_not_served"))
-
-
-def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, Any]]:
-    if worker is None:
-        return "offline", {}
-    kind, context, answer, model = lane.split("/", 3)
-    able = [m for m in worker.models if m.kind == kind and model in (m.id, ANY_MODEL)]
-    if not able:
-        return "model_not_served", {}
-    served = max(able, key=lambda m: (m.context_length, answer_limit(m)))
-    if int(context) > served.context_length:
-        return "context_too_short", {"needed": int(context), "yours": served.context_length}
-    if int(answer) > answer_limit(served):
-        return "max_tokens_too_low", {"needed": int(answer), "yours": answer_limit(served)}
-    if worker.draining:
-        return "draining", {}
-    return ("busy", {}) if worker.free_slots == 0 else (None, {})
+def _skips(core: Core, row: Any, live: Worker | None) -> list[Skip]:
+    """Everything that keeps a worker from getting jobs, for `GET /workers/me`."""
+    found = skips(live, core.market.counts.steps())
+    if row["banned_at"] is not None:
+        found = [Skip("banned", sum(s.count for s in found), {"reason": row["ban_reason"]})]
+    if live is not None:
+        lost = core.attempts.given.to_others(live, core.models.lanes_of)
+        found += [lost] if lost else []
+    # These two stop what would come, so there is nothing to count.
+    if core.runtime.paused is not None:
+        found.append(Skip("paused", 0, {"message": core.runtime.paused}))
+    if core.draining:
+        found.append(Skip("router_stops"))
+    return found
 
 
 # --- the bare numbers (QB-R17, QB-R18) ----------------------------------------------------------

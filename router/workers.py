@@ -17,10 +17,9 @@ from weakref import WeakValueDictionary
 
 from billing.accounts import new_id
 from router.lanes import ANY_MODEL, BASE_EDGES, Edges, answer_limit, drained_by, holds, model_of
+from router.standing import Standing, average
 from worker.protocol import ModelKind, ServedModel
 
-# Weight of the newest observation in moving averages of speed, duration and reliability.
-_NEWEST = 0.2
 # What is assumed of a worker that has not shown its speed yet, in tokens per second and seconds.
 UNKNOWN_SPEED = 20.0
 UNKNOWN_SERVICE_S = 5.0
@@ -36,6 +35,7 @@ class Worker:
     admin has said so. `resting`: it has said that it is busy with something else. `pulls`: it asks
     for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
     that it has not named. `met`: how prompts began that it was given last (`router.prompt_prefix`).
+    `filled_at`, `freed_at`: when it was given a job last, and when one of its jobs ended last.
     """
 
     id: str
@@ -45,7 +45,6 @@ class Worker:
     payable: bool
     ln_url: str | None
     speeds: dict[str, float]
-    reliability: float = 1.0
     draining: bool = False
     told_to_drain: bool = False
     pulls: bool = False
@@ -55,16 +54,18 @@ class Worker:
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
     connected_at: float = field(default_factory=time.monotonic)
+    filled_at: float = 0.0
+    freed_at: float = 0.0
     service_s: dict[str, float] = field(default_factory=dict)
-    skips: dict[str, int] = field(default_factory=dict)
     met: dict[int, None] = field(default_factory=dict)
+    standing: Standing = field(default_factory=Standing)
     done: int = 0
     failed: int = 0
     tokens: int = 0
 
     @property
     def free_slots(self) -> int:
-        away = self.draining or self.resting
+        away = self.draining or self.resting or self.standing.rests_s
         return 0 if away else max(0, self.slots - len(self.busy))
 
     @property
@@ -75,6 +76,10 @@ class Worker:
     def has_tried(self, tried_by: frozenset[str]) -> bool:
         """Whether a job that these workers had is nothing new to it."""
         return self.id in tried_by
+
+    @property
+    def reliability(self) -> float:
+        return self.standing.reliability
 
     def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
         named = next((m for m in self.models if m.id == model and m.kind == kind), None)
@@ -99,9 +104,9 @@ class Worker:
         return max(fit, key=lambda model: self.speeds.get(model, UNKNOWN_SPEED), default=wanted)
 
     def merit(self, model: str) -> float:
-        """How soon and how surely it will answer: speed times reliability, less what it is doing."""
+        """How soon and how surely it will answer: speed times score, less what it is doing."""
         load = len(self.busy) / self.slots
-        return self.speeds.get(model, UNKNOWN_SPEED) * self.reliability**4 * (1 - load / 2)
+        return self.speeds.get(model, UNKNOWN_SPEED) * self.standing.score**4 * (1 - load / 2)
 
     def remember(self, prefix: int | None) -> None:
         """Note what the prompt begins with that it was given; as much as its slots may still hold."""
@@ -115,18 +120,14 @@ class Worker:
         """Note an answer: `seconds` from claim to end, `tokens` produced."""
         self.done += 1
         self.tokens += tokens
-        self.reliability += _NEWEST * (1 - self.reliability)
-        self.service_s[model] = _average(self.service_s.get(model), seconds)
+        self.standing.good()
+        self.service_s[model] = average(self.service_s.get(model), seconds)
         if tokens > 0 and seconds > 0:
-            self.speeds[model] = _average(self.speeds.get(model), tokens / seconds)
+            self.speeds[model] = average(self.speeds.get(model), tokens / seconds)
 
-    def failed_by_own_fault(self) -> None:
+    def failed_by_own_fault(self, job_id: str, attempt: int, code: str) -> None:
         self.failed += 1
-        self.reliability += _NEWEST * (0 - self.reliability)
-
-    def skipped(self, code: str) -> None:
-        """Note why a waiting job was not given to it (`GET /workers/me`)."""
-        self.skips[code] = self.skips.get(code, 0) + 1
+        self.standing.fault(job_id, attempt, code)
 
 
 @dataclass(slots=True)
@@ -154,10 +155,6 @@ class FarWorkers(Worker):
         return bool(self.names) and self.names <= tried_by
 
 
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else old + _NEWEST * (new - old)
-
-
 # What decides the lanes of a worker: kind, id, context and answer limits of its models.
 _Limits = tuple[tuple[ModelKind, str, int, int], ...]
 
@@ -171,6 +168,8 @@ class Fleet:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._elsewhere: dict[str, list[FarWorkers]] = {}
+        # By identity: two connections of one worker may look the same, and are not.
+        self._left: dict[int, Worker] = {}
         self.on_change: Callable[[], None] = lambda: None
         # Lanes that no worker drains any more are forgotten with the last one.
         self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
@@ -185,7 +184,18 @@ class Fleet:
     def remove(self, worker: Worker) -> None:
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
+            self.left(worker)
             self.on_change()
+
+    def left(self, worker: Worker) -> None:
+        """Keep what was observed of a worker that is gone until it is written. Twice is harmless."""
+        if worker.done or worker.failed or worker.tokens:
+            self._left[id(worker)] = worker
+
+    def take_left(self) -> list[Worker]:
+        """Workers that have gone since the last time, or of which something was learned since."""
+        left, self._left = self._left, {}
+        return list(left.values())
 
     def set_elsewhere(self, router_id: str, workers: list[FarWorkers]) -> None:
         """What another router's workers are now; none when it has gone."""
@@ -258,6 +268,7 @@ class WorkerRecord:
     ban_reason: str | None
     draining: bool
     reliability: float
+    quality: float
     speeds: dict[str, float]
 
 
@@ -310,6 +321,7 @@ def _record(row: Any) -> WorkerRecord:
         ban_reason=row["ban_reason"],
         draining=row["draining"],
         reliability=row["reliability"],
+        quality=row["quality"],
         speeds=json.loads(row["speeds"]),
     )
 
@@ -334,19 +346,35 @@ async def load_edges(connection: Any) -> Edges:
     return Edges(tuple(sorted({*BASE_EDGES, *context})), tuple(sorted({*BASE_EDGES, *answer})))
 
 
-async def keep_records(connection: Any, workers: Iterable[Worker]) -> None:
-    """Write what was observed of connected workers since the last time."""
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new about a worker since its record was last written: counts are added, the rest
+    replaces what was there."""
+
+    worker_id: str
+    done: int
+    failed: int
+    tokens: int
+    reliability: float
+    quality: float
+    speeds: dict[str, float]
+
+
+async def keep_records(connection: Any, news: Iterable[News]) -> None:
+    """Write what was observed of workers; each may come once."""
     rows = [
-        (w.id, w.done, w.failed, w.tokens, w.reliability, json.dumps(w.speeds)) for w in workers
+        (n.worker_id, n.done, n.failed, n.tokens, n.reliability, n.quality, json.dumps(n.speeds))
+        for n in news
     ]
     if not rows:
         return
     await connection.execute(
-        "update workers w set jobs_done = w.jobs_done + t.done, jobs_failed = w.jobs_failed + t.failed,"
-        " tokens = w.tokens + t.tokens, reliability = t.reliability, speeds = t.speeds::jsonb,"
+        "update workers w set jobs_done = w.jobs_done + t.done,"
+        " jobs_failed = greatest(0, w.jobs_failed + t.failed), tokens = w.tokens + t.tokens,"
+        " reliability = t.reliability, quality = t.quality, speeds = w.speeds || t.speeds::jsonb,"
         " last_seen_at = now() from unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[],"
-        " $5::float8[], $6::text[]) t(id, done, failed, tokens, reliability, speeds)"
-        " where w.id = t.id",
+        " $5::float8[], $6::float8[], $7::text[])"
+        " t(id, done, failed, tokens, reliability, quality, speeds) where w.id = t.id",
         *(list(column) for column in zip(*rows, strict=True)),
     )
 

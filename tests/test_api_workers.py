@@ -15,7 +15,9 @@ from billing.ledger import Transfer
 from billing.payees import PayeeAddress, PayeeStatus
 from billing.payout_settings import PayoutSettings
 from router.queue_counts import Step
-from router.worker_views import next_due_at, skips
+from router.skips import skips
+from router.standing import FAULTS_BEFORE_REST, Standing
+from router.worker_views import next_due_at
 from router.workers import Worker
 from tests.balance_tools import CHAT, bearer, code, let_through
 from tests.router_rig import MODEL, PATIENCE_S, Rig, ScriptedWorker, running_rig
@@ -225,7 +227,9 @@ async def test_connected_counts_only_the_idle(router: Rig):
         assert (await router.http.get("/worker/stats")).json() == {"connected": 1, "busy": 1}
         left.pop().cancel()
         worker = first if waits[0] in done else second
-        await worker.finish(done.pop().result(), tokens=1)
+        taken = done.pop().result()
+        await worker.say(taken, "Hi.")
+        await worker.finish(taken, tokens=1)
         assert (await job).status_code == 200
 
 
@@ -323,4 +327,7 @@ def test_jobs_that_it_could_have_are_skipped_only_while_it_cannot_take_them():
     assert codes(a_worker(busy={"job"})) == {"busy": 4}
     assert codes(a_worker(draining=True)) == {"draining": 4}
     assert codes(None) == {"offline": 4}
-    assert codes(a_worker(skips={"tried_before": 3})) == {"tried_before": 3}
+    resting = Standing()
+    for number in range(FAULTS_BEFORE_REST):
+        resting.fault(f"job{number}", 1, "engine_error")
+    assert codes(a_worker(standing=resting)) == {"cooling_down": 4}

@@ -7,6 +7,7 @@ from typing import Any
 from router.dispatcher import match
 from router.job_queue import Candidate
 from router.lanes import Edges, lane
+from router.standing import Standing
 from router.workers import Fleet, Worker
 from worker.protocol import ModelKind, ServedModel
 
@@ -71,7 +72,7 @@ def test_the_faster_and_the_more_reliable_worker_is_chosen_first():
         ("a", "fast"),
         ("b", "slow"),
     ]
-    shaky = worker("shaky", speeds={"m": 12.0}, reliability=0.7)
+    shaky = worker("shaky", speeds={"m": 12.0}, standing=Standing(0.7))
     assert names(match([waiting("a")], fleet_of(shaky, slow))) == [("a", "slow")]
     # Speed at another model says nothing about this one.
     other = worker("other", speeds={"x": 1000.0})

@@ -1,0 +1,138 @@
+"""Why a worker gets no job: what waits and is not for it, and what others were given (AH-27).
+
+The reasons are those by which jobs are given, looked at when somebody asks: nothing is counted for
+every worker and every job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from router.job_records import Claimed
+from router.lanes import ANY_MODEL, answer_limit
+from router.queue_counts import Step
+from router.workers import Worker
+
+# How many of the jobs that were given last are remembered, and for how long they matter.
+GIVEN_KEPT = 512
+RECENT_S = 600.0
+
+
+@dataclass(slots=True)
+class Skip:
+    """Jobs that wait and that a worker is not given, for one reason."""
+
+    code: str
+    count: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"code": self.code, "count": self.count, "facts": self.facts}
+
+
+def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
+    """Why the jobs that wait now are not given to a worker, the most frequent reason first. Pure.
+
+    offline, draining, busy    it could have them, but is not there, or has its hands full
+    cooling_down               it failed too often in a row; facts: for how long
+    model_not_served           facts: the models
+    context_too_short          facts: the context needed by the longest class, and its own
+    max_tokens_too_low         facts: the same for the answer
+    """
+    found: dict[str, Skip] = {}
+    models: dict[str, int] = defaultdict(int)
+    for step in steps:
+        lane, code, facts = _skip(worker, step)
+        if code is None:
+            continue
+        skip = found.setdefault(code, Skip(code))
+        skip.count += step.jobs
+        if code == "model_not_served":
+            models[lane.split("/", 3)[3]] += step.jobs
+        elif facts.get("needed", 0) > skip.facts.get("needed", 0) or not skip.facts:
+            skip.facts = facts
+    if models:
+        wanted = sorted(models, key=lambda model: -models[model])
+        found["model_not_served"].facts = {"models": wanted[:10]}
+    return sorted(found.values(), key=lambda skip: (-skip.count, skip.code))
+
+
+def _skip(worker: Worker | None, step: Step) -> tuple[str, str | None, dict[str, Any]]:
+    """The lane that tells most, and why the worker gets nothing of it; None: it does."""
+    whys = [(lane, *_skip_lane(worker, lane)) for lane in step.lanes]
+    # A job that waits in several lanes is only skipped if it is in each, and "another model" is the
+    # last thing to say of one that waits for its model, too.
+    return min(whys, key=lambda why: (why[1] is not None, why[1] == "model_not_served"))
+
+
+def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, Any]]:
+    if worker is None:
+        return "offline", {}
+    kind, context, answer, model = lane.split("/", 3)
+    able = [m for m in worker.models if m.kind == kind and model in (m.id, ANY_MODEL)]
+    if not able:
+        return "model_not_served", {}
+    served = max(able, key=lambda m: (m.context_length, answer_limit(m)))
+    if int(context) > served.context_length:
+        return "context_too_short", {"needed": int(context), "yours": served.context_length}
+    if int(answer) > answer_limit(served):
+        return "max_tokens_too_low", {"needed": int(answer), "yours": answer_limit(served)}
+    if worker.draining:
+        return "draining", {}
+    if worker.standing.rests_s:
+        rest = {"seconds_left": round(worker.standing.rests_s)}
+        return "cooling_down", rest | {"faults_in_a_row": worker.standing.in_a_row}
+    return ("busy", {}) if worker.free_slots == 0 else (None, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A job that was given to a worker; `at` is monotonic."""
+
+    at: float
+    claimed: Claimed
+    worker_id: str
+    tokens_per_s: float | None
+    score: float
+
+
+class GivenJobs:
+    """The jobs that were given last, so that a worker can be told what went to others."""
+
+    def __init__(self) -> None:
+        self._given: deque[Given] = deque(maxlen=GIVEN_KEPT)
+
+    def note(self, claimed: Claimed, worker: Worker) -> None:
+        speed = worker.speeds.get(claimed.model)
+        now = worker.filled_at = time.monotonic()
+        self._given.append(Given(now, claimed, worker.id, speed, worker.standing.score))
+
+    def to_others(
+        self, worker: Worker, lanes_of: Callable[[Claimed], Sequence[str]]
+    ) -> Skip | None:
+        """What went to others while this worker could have had it; None: nothing."""
+        since = max(worker.freed_at, worker.connected_at, time.monotonic() - RECENT_S)
+        # Since its last job ended it has only filled up: it had room until it was full.
+        until = time.monotonic() if worker.free_slots else worker.filled_at
+        lost = [
+            given
+            for given in self._given
+            if since <= given.at < until
+            and given.worker_id != worker.id
+            and not worker.lanes.isdisjoint(lanes_of(given.claimed))
+        ]
+        if not lost:
+            return None
+        speeds = [given.tokens_per_s for given in lost if given.tokens_per_s is not None]
+        facts = {
+            "others_tokens_per_s": round(max(speeds), 1) if speeds else None,
+            "your_tokens_per_s": round(max(worker.speeds.values()), 1) if worker.speeds else None,
+            "others_score": round(max(given.score for given in lost), 4),
+            "your_score": round(worker.standing.score, 4),
+        }
+        code = "others_came_first" if worker.pulls else "others_were_better"
+        return Skip(code, len(lost), facts)
