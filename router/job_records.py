@@ -32,6 +32,7 @@ class NewJob:
     choices: str | None = None
     webhook: str | None = None
     prefix: int | None = None
+    run_limit_s: int | None = None
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ class Claimed:
     queued_at: datetime
     started_at: datetime
     choices: str | None = None
+    run_limit_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ tried as (
     select id, attempt, worker_id, router_id from claimed)
 select id as job_id, attempt, worker_id, quote_id, account_id, kind, model, spec, rates,
     prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at,
-    choices
+    choices, run_limit_s
 from claimed"""
 
 

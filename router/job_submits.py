@@ -43,16 +43,17 @@ select *, now() from unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5:
 _ADD_JOBS = """
 insert into jobs (id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
     prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s, attached_to,
-    choices, webhook, prefix, seq, queued_at, wait_ends_at)
+    choices, webhook, prefix, run_limit_s, seq, queued_at, wait_ends_at)
 select t.id, t.quote_id, t.index, t.account_id, t.key_id, t.kind, t.model, t.state, t.spec, t.rates,
     t.prompt_tokens, t.max_tokens, t.base_fee_msat, t.held_msat, t.multiplier_milli, t.max_wait_s,
-    t.attached_to, t.choices, t.webhook, t.prefix, n.seq, n.queued_at, n.wait_ends_at
+    t.attached_to, t.choices, t.webhook, t.prefix, t.run_limit_s, n.seq, n.queued_at, n.wait_ends_at
 from unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::text[], $6::text[], $7::text[],
     $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[],
-    $15::bigint[], $16::int[], $17::text[], $18::text[], $19::text[], $20::bigint[])
+    $15::bigint[], $16::int[], $17::text[], $18::text[], $19::text[], $20::bigint[],
+    $21::int[])
     with ordinality t(id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
         prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s,
-        attached_to, choices, webhook, prefix, n)
+        attached_to, choices, webhook, prefix, run_limit_s, n)
 cross join lateral (select
     case when t.state = 'queued' then nextval('queue_seq') end as seq,
     case when t.state = 'queued' then now() end as queued_at,
@@ -224,6 +225,7 @@ async def _queue_new(connection: Any, pairs: list[tuple[Submission, NewJob]], st
             job.choices,
             job.webhook,
             job.prefix,
+            job.run_limit_s,
         )
         for row, job in pairs
     ]

@@ -34,6 +34,7 @@ EXPLANATIONS = {
     "max_wait": "no worker was free in the time you were ready to wait; nothing was charged",
     "quote_expired": "the quote was not paid in time",
     "cancelled": "the job was cancelled",
+    "run_limit": "the time that the job was given is over; what was delivered is charged",
     "client_gone": "the client went away",
     "attempts_exhausted": "several workers failed at this job; nothing was charged",
     "worker_failed": "the worker failed; nothing was charged",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -81,6 +82,7 @@ class Maintenance:
         loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
             (KEEP_S, [self.keep_chunks]),
             (self._settings.lease_s / 4, [self.renew_leases]),
+            (1.0, [self.stop_overdue]),
             (
                 2.0,
                 [
@@ -151,6 +153,14 @@ class Maintenance:
         for row in rows:
             await self._attempts.end(Ending(row["id"], Event.CANCEL, "client_gone"))
         return len(rows)
+
+    async def stop_overdue(self) -> None:
+        """Stop jobs that run here for longer than their client allowed; settled as they stand."""
+        now = time.monotonic()
+        for running in list(self._attempts.running.values()):
+            limit_s = running.claimed.run_limit_s
+            if limit_s is not None and now - running.began_at > limit_s:
+                self._attempts.cancel_later(running.claimed.job_id, "run_limit")
 
     async def take_back_lost(self) -> int:
         """Jobs of any router whose lease has run out or that is lost, and jobs of ours that nobody

@@ -267,6 +267,7 @@ class Quotes:
             choices=self._choices(schedule, item),
             webhook=request.webhook,
             prefix=prefix_of(spec),
+            run_limit_s=request.terms.run_limit_s,
         )
 
     def _dearest(self, schedule: FeeSchedule, item: Item, max_tokens: int) -> tuple[str, Rates]:

@@ -64,12 +64,16 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the client says about money and time. None: it did not say."""
+    """What the client says about money and time. None: it did not say.
+
+    `max_wait_s`: how long a job may wait for a worker; `run_limit_s`: how long it may then take.
+    """
 
     multiplier: Decimal | None = None
     offer_msat: int | None = None
     max_fee_msat: int | None = None
     max_wait_s: int | None = None
+    run_limit_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,7 @@ class JobRow(SQLModel, table=True):
     router_id: str | None = Field(default=None, sa_column=Column(Text))
     attached_to: str | None = Field(default=None, sa_column=Column(Text))
     webhook: str | None = Field(default=None, sa_column=Column(Text))
+    run_limit_s: int | None = Field(default=None, sa_column=Column(Integer))
     cancel_reason: str | None = Field(default=None, sa_column=Column(Text))
     prefix: int | None = Field(default=None, sa_column=Column(BigInteger))
     lease_ends_at: datetime | None = Field(default=None, sa_column=_time())

@@ -13,6 +13,7 @@ was paid too little goes back to its payer, never to anybody else (E2-18).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +82,7 @@ async def herder(request: Request) -> Response:
     except PaymentRequired as due:
         problem = Problem("payment_required", "pay the invoice and repeat the message", {})
         said = {**payment_body(core, due), "Quantity": _sat_text(due.offer.issued.amount_msat)}
-        return _refused(problem, reference, said, due.offer.header)
+        return _refused(problem, reference, said, challenges=due.offer.challenges)
     except ClientGone:
         return Response(status_code=499)
     except Exception as error:
@@ -93,6 +94,7 @@ def _refused(
     reference: str | None,
     said: dict[str, Any],
     headers: dict[str, str] | None = None,
+    challenges: Sequence[str] = (),
 ) -> Response:
     """A message that comes to nothing; nothing was taken for it."""
     body = {
@@ -102,7 +104,8 @@ def _refused(
         **said,
         **problem.as_json(),
     }
-    return answer(body, status=problem.status, headers={**(headers or {}), **problem.headers})
+    more = {**(headers or {}), **problem.headers}
+    return answer(body, status=problem.status, headers=more, challenges=challenges)
 
 
 # --- Info ---------------------------------------------------------------------------------------
