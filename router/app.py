@@ -56,6 +56,7 @@ from router.api import workers as worker_doors
 from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors, PaymentReceipt
 from router.api.shortcut import Shortcut
+from router.asks import Asks
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
 from router.core import Core
@@ -314,7 +315,8 @@ def _join(
         clock=clock,
         reconciled=lambda: reconciler.ready,
     )
-    gate = WorkerGate(database, settings, fleet, models, attempts, addresses, clock=clock)
+    asks = Asks()
+    gate = WorkerGate(database, settings, fleet, models, attempts, addresses, asks, clock=clock)
     core = Core(
         settings=settings,
         runtime=RuntimeSettings(settings),
@@ -363,6 +365,7 @@ def _join(
         far_jobs=far_jobs,
         presence=presence,
         gate=gate,
+        asks=asks,
         dispatcher=Dispatcher(
             database,
             writer,
@@ -453,6 +456,15 @@ async def _load(core: Core) -> None:
         await core.runtime.load(connection)
         await receipts.publish(connection, core.receipts.key)
         core.watcher.joined_at = await joined_at(connection, core.node.pubkey, now=core.clock())
+    await _follow_rates(core)
+
+
+async def _follow_rates(core: Core) -> None:
+    """Rates have an effect on who takes what: workers may ask for more than some."""
+    schedule = await core.quotes.fees.now()
+    if core.asks.update(schedule, core.settings.commission_ppm, core.fleet.all()):
+        core.market.touch()
+        core.dispatcher.wake()
 
 
 async def _refresh_for_ever(core: Core) -> None:
@@ -463,6 +475,7 @@ async def _refresh_for_ever(core: Core) -> None:
             async with core.database.connection() as connection:
                 await core.runtime.load(connection)
             administration.apply_payout_settings(core)
+            await _follow_rates(core)
             await worker_controls.follow(core)
         except Exception as error:
             log.warning("settings not refreshed: %r", error)

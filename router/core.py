@@ -13,6 +13,7 @@ from billing.lightning_address import LightningAddresses
 from billing.payouts import PayoutRunner
 from billing.reconciliation import Reconciler
 from billing.withdrawals import Withdrawals
+from router.asks import Asks
 from router.attempts import Attempts
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
@@ -69,6 +70,7 @@ class Core:
     far_jobs: FarJobs
     presence: Presence
     gate: WorkerGate
+    asks: Asks
     dispatcher: Dispatcher
     maintenance: Maintenance
     webhooks: Webhooks

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from router.asks import accepts
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads, waiting_lanes
 from router.job_records import Claim, Claimed
@@ -39,7 +40,15 @@ def may_take(worker: Worker, candidate: Candidate, able: Sequence[Worker]) -> bo
     return not worker.has_tried(tried_by) or all(w.has_tried(tried_by) for w in able)
 
 
-def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate, Worker]]:
+def able_to(candidate: Candidate, fleet: Fleet, commission_ppm: int) -> list[Worker]:
+    """The workers that a job fits, and that it pays what they ask. Pure."""
+    fit = fleet.draining_lane(candidate.lane, candidate.multiplier_milli)
+    return [worker for worker in fit if accepts(worker, candidate, commission_ppm)]
+
+
+def match(
+    candidates: Sequence[Candidate], fleet: Fleet, commission_ppm: int = 0
+) -> list[tuple[Candidate, Worker]]:
     """Who gets which job, in the order of the queue. Pure."""
     free = {worker.id: worker.free_slots for worker in fleet.idle()}
     pairs = []
@@ -47,7 +56,7 @@ def match(candidates: Sequence[Candidate], fleet: Fleet) -> list[tuple[Candidate
     for candidate in candidates:
         if candidate.job_id in given:
             continue
-        able = fleet.draining_lane(candidate.lane)
+        able = able_to(candidate, fleet, commission_ppm)
         idle = [w for w in able if free.get(w.id, 0) > 0 and may_take(w, candidate, able)]
         if idle:
             best = max(idle, key=lambda worker: _merit(worker, candidate))
@@ -98,6 +107,13 @@ async def lanes_of(connection: Any, workers: Sequence[Worker]) -> list[str]:
         waiting = set(await waiting_lanes(connection)) - lanes
         lanes |= {lane for lane in waiting if any(w.drains(lane) for w in open_ones)}
     return sorted(lanes)
+
+
+def floors_of(lanes: Sequence[str], idle: Sequence[Worker]) -> list[int] | None:
+    """Down to which multiplier each lane is drained by any of these; None: all to the end."""
+    if not any(worker.floors for worker in idle):
+        return None
+    return [min((w.floor_milli(lane) for w in idle if w.drains(lane)), default=0) for lane in lanes]
 
 
 class Dispatcher:
@@ -168,8 +184,9 @@ class Dispatcher:
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
         async with self._database.connection() as connection:
             lanes = await lanes_of(connection, idle)
-            candidates = await heads(connection, lanes, most=most)
-        pairs = match(candidates, self._fleet)
+            floors = floors_of(lanes, idle)
+            candidates = await heads(connection, lanes, most=most, floors=floors)
+        pairs = match(candidates, self._fleet, self._commission_ppm())
         if not pairs:
             return False
         results = await asyncio.gather(
@@ -187,11 +204,14 @@ class Dispatcher:
         while not self.paused and worker.free_slots > 0:
             async with self._database.connection() as connection:
                 lanes = await lanes_of(connection, [worker])
-                candidates = await heads(connection, lanes, most=1 + SPARE_HEADS)
+                floors = floors_of(lanes, [worker])
+                candidates = await heads(connection, lanes, most=1 + SPARE_HEADS, floors=floors)
             fitting = [
                 candidate
                 for candidate in candidates
-                if may_take(worker, candidate, self._fleet.draining_lane(candidate.lane))
+                if (able := able_to(candidate, self._fleet, self._commission_ppm()))
+                and any(w is worker for w in able)
+                and may_take(worker, candidate, able)
             ]
             if not fitting:
                 return None

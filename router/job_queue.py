@@ -29,7 +29,8 @@ CHANGES_KEPT = timedelta(seconds=60)
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A waiting job at the head of a lane. `tried_by`: workers that had it before. `prefix`: what
-    its prompt begins with (`router.prompt_prefix`)."""
+    its prompt begins with (`router.prompt_prefix`). `rates`, `choices`: what it was quoted, where the
+    caller asked for it."""
 
     job_id: str
     lane: str
@@ -37,6 +38,8 @@ class Candidate:
     seq: int
     tried_by: frozenset[str]
     prefix: int | None = None
+    rates: str | None = None
+    choices: str | None = None
 
 
 _ADD = """
@@ -45,11 +48,12 @@ select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])"""
 
 _HEADS = """
 select h.job_id, h.lane, h.multiplier_milli, h.seq, j.prefix,
+       case when $4 then j.rates end as rates, case when $4 then j.choices end as choices,
        case when j.attempt > 0 then
            (select array_agg(worker_id) from attempts a where a.job_id = h.job_id) end as tried_by
-from (select q.* from unnest($1::text[]) l(lane) cross join lateral
+from (select q.* from unnest($1::text[], $3::bigint[]) l(lane, floor) cross join lateral
           (select job_id, lane, multiplier_milli, seq from queue where queue.lane = l.lane
-           order by multiplier_milli desc, seq limit $2) q
+           and multiplier_milli >= l.floor order by multiplier_milli desc, seq limit $2) q
       order by q.multiplier_milli desc, q.seq limit $2) h
 join jobs j on j.id = h.job_id and j.state = 'queued'
 order by h.multiplier_milli desc, h.seq"""
@@ -98,9 +102,17 @@ async def remove(connection: Any, job_ids: Sequence[str]) -> None:
     await connection.execute("delete from queue where job_id = any($1::text[])", list(job_ids))
 
 
-async def heads(connection: Any, lanes: Sequence[str], *, most: int) -> list[Candidate]:
-    """The first `most` jobs over the given lanes, in the order of the queue."""
-    rows = await connection.fetch(_HEADS, lanes, most)
+async def heads(
+    connection: Any, lanes: Sequence[str], *, most: int, floors: Sequence[int] | None = None
+) -> list[Candidate]:
+    """The first `most` jobs over the given lanes, in the order of the queue.
+
+    `floors`: of each lane, the multiplier in thousandths down to which it is looked at; the jobs then
+    bring what they were quoted, since they may have been at other rates than today's.
+    """
+    rows = await connection.fetch(
+        _HEADS, lanes, most, floors or [0] * len(lanes), floors is not None
+    )
     return [
         Candidate(
             row["job_id"],
@@ -109,6 +121,8 @@ async def heads(connection: Any, lanes: Sequence[str], *, most: int) -> list[Can
             row["seq"],
             frozenset(row["tried_by"] or ()),
             row["prefix"],
+            row["rates"],
+            row["choices"],
         )
         for row in rows
     ]

@@ -20,7 +20,7 @@ from router import job_queue
 from router.database import Database
 from router.models import Models, mean_service_s
 from router.queue_counts import Drifted, QueueCounts
-from router.workers import UNKNOWN_SERVICE_S, Worker
+from router.workers import NEVER_MILLI, UNKNOWN_SERVICE_S, Worker
 from worker.protocol import ModelKind
 
 log = logging.getLogger(__name__)
@@ -150,19 +150,29 @@ class Market:
         self, lanes: Sequence[str], multiplier_milli: int, seq: int | None, model: str
     ) -> Place:
         fleet = self._models.fleet
-        workers = list({w.id: w for lane in lanes for w in fleet.draining_lane(lane)}.values())
-        competing = {c for lane in lanes for c in fleet.competing_lanes(lane)}
+        able = [w for lane in lanes for w in fleet.draining_lane(lane, multiplier_milli)]
+        workers = list({worker.id: worker for worker in able}.values())
+        competing = {c for lane in lanes for c in fleet.competing_lanes(lane, multiplier_milli)}
         ahead = self._counts.ahead(competing, multiplier_milli, seq)
         return Place(
             position=ahead + 1,
             wait=wait(ahead, workers, model),
-            to_be_next_milli=self._to_be_next_milli(competing),
+            to_be_next_milli=max(
+                self._to_be_next_milli(competing),
+                self._least_ask_milli(lanes) if not workers else 0,
+            ),
             servable=bool(workers),
         )
 
     def _to_be_next_milli(self, lanes: AbstractSet[str]) -> int:
         dearest = self._counts.dearest(lanes, 1)
         return dearest[0][0] + 1 if dearest else ONE_MILLI
+
+    def _least_ask_milli(self, lanes: Sequence[str]) -> int:
+        """What a job in these lanes must offer to be taken by anybody; 0 where nobody could at all."""
+        able = ((w, lane) for lane in lanes for w in self._models.fleet.draining_lane(lane))
+        least = min((w.floor_milli(lane) for w, lane in able), default=0)
+        return least if least < NEVER_MILLI else 0
 
     def model_queue(self, kind: ModelKind, model: str) -> dict:
         """Queue length, price to be next, waits and ladder of one model, for `/info`."""
@@ -180,18 +190,43 @@ class Market:
             "queue_length": self._counts.jobs(own),
             "last_multiplier": format_multiplier(last),
             "multiplier_to_be_next": format_multiplier(self._to_be_next_milli(lanes)),
+            "multiplier_to_reach_idle": _reach_idle(workers, model),
             "servable": bool(workers),
             "wait_s": wait(total, workers, model).as_json(),
             "ladder": self._ladder(lanes, workers, model),
         }
 
     def _ladder(self, lanes: AbstractSet[str], workers: list[Worker], model: str) -> list[dict]:
+        if any(model in worker.floors for worker in workers):
+            return self._ladder_with_asks(lanes, workers, model)
         ladder, ahead = [], 0
         for milli, jobs in self._counts.dearest(lanes, MAX_LADDER - 1):
             ladder.append(_rung(milli + 1, ahead, workers, model))
             ahead += jobs
         ladder.append(_rung(ONE_MILLI, self._counts.jobs(lanes), workers, model))
         return ladder
+
+    def _ladder_with_asks(
+        self, lanes: AbstractSet[str], workers: list[Worker], model: str
+    ) -> list[dict]:
+        """The same, where the higher steps reach workers that the lower ones do not."""
+        dearest = self._counts.dearest(lanes, MAX_LADDER)
+        steps = {milli + 1 for milli, _ in dearest}
+        steps |= {max(ONE_MILLI, worker.floors.get(model, 0)) for worker in workers}
+        ladder = []
+        for milli in sorted(steps, reverse=True):
+            able = [worker for worker in workers if worker.floors.get(model, 0) <= milli]
+            if able and milli < NEVER_MILLI:
+                theirs = frozenset[str]().union(*(worker.lanes for worker in able))
+                ladder.append(_rung(milli, self._counts.ahead(theirs, milli), able, model))
+        return ladder[-MAX_LADDER:]
+
+
+def _reach_idle(workers: list[Worker], model: str) -> str | None:
+    """The least multiplier at which one of the workers that are idle takes a job; None: none is."""
+    floors = [worker.floors.get(model, 0) for worker in workers if worker.free_slots > 0]
+    least = max(ONE_MILLI, min(floors, default=NEVER_MILLI))
+    return format_multiplier(least) if least < NEVER_MILLI else None
 
 
 def _rung(milli: int, ahead: int, workers: list[Worker], model: str) -> dict:

@@ -245,7 +245,8 @@ class Presence:
                 limits = tuple(
                     (m.kind, m.id, m.context_length, answer_limit(m)) for m in worker.models
                 )
-                groups.setdefault(limits, []).append(worker)
+                floors = tuple(sorted(worker.floors.items()))
+                groups.setdefault((limits, floors), []).append(worker)
         return [_group(workers) for workers in groups.values()]
 
 
@@ -265,6 +266,7 @@ def _group(workers: list[Worker]) -> dict[str, Any]:
         "names": [worker.id for worker in workers] if len(workers) <= MOST_NAMED else [],
         "speeds": _rounded(max, workers, "speeds"),
         "service_s": _rounded(_mean, workers, "service_s"),
+        "floors": workers[0].floors,
     }
 
 
@@ -291,6 +293,7 @@ def _far_workers(router_id: str, index: int, group: dict[str, Any]) -> FarWorker
         ln_url=None,
         speeds=group["speeds"],
         service_s=group["service_s"],
+        floors=group["floors"],
         stands_for=group["workers"],
         router_id=router_id,
         free=group["free"],

@@ -12,7 +12,7 @@ it begins an attempt for each (`router.attempts.Attempts.begin`) and ends it, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class Applicant:
     `identity` is what its earnings and its record belong to: a hash of a secret that it has shown, or
     of a public key whose signature was verified (`workers.hash_worker_key`, `workers.hash_identity`).
     None: it is known by its address alone. Several that name one address sit side by side, each on
-    a seat with a record of its own. `pulls` and `offers` are the worker's.
+    a seat with a record of its own. `pulls`, `offers` and `min_fees` are the worker's.
     """
 
     identity: bytes | None
@@ -71,6 +71,7 @@ class Applicant:
     ln_url: str | None = None
     hardware: dict[str, Any] = field(default_factory=dict)
     pulls: bool = False
+    min_fees: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     offers: Callable[[ModelKind, str], ServedModel | None] | None = None
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from billing.fees import format_multiplier
 from router.job_records import Claimed
 from router.lanes import ANY_MODEL, answer_limit
 from router.queue_counts import Step
-from router.workers import Worker
+from router.workers import NEVER_MILLI, Worker
 
 # How many of the jobs that were given last are remembered, and for how long they matter.
 GIVEN_KEPT = 512
@@ -39,6 +40,7 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
 
     offline, draining, busy    it could have them, but is not there, or has its hands full
     cooling_down               it failed too often in a row; facts: for how long
+    ask_too_high               facts: the multiplier that its ask comes to, and the highest that waits
     model_not_served           facts: the models
     context_too_short          facts: the context needed by the longest class, and its own
     max_tokens_too_low         facts: the same for the answer
@@ -63,13 +65,15 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
 
 def _skip(worker: Worker | None, step: Step) -> tuple[str, str | None, dict[str, Any]]:
     """The lane that tells most, and why the worker gets nothing of it; None: it does."""
-    whys = [(lane, *_skip_lane(worker, lane)) for lane in step.lanes]
+    whys = [(lane, *_skip_lane(worker, lane, step.multiplier_milli)) for lane in step.lanes]
     # A job that waits in several lanes is only skipped if it is in each, and "another model" is the
     # last thing to say of one that waits for its model, too.
     return min(whys, key=lambda why: (why[1] is not None, why[1] == "model_not_served"))
 
 
-def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, Any]]:
+def _skip_lane(
+    worker: Worker | None, lane: str, multiplier_milli: int
+) -> tuple[str | None, dict[str, Any]]:
     if worker is None:
         return "offline", {}
     kind, context, answer, model = lane.split("/", 3)
@@ -81,6 +85,10 @@ def _skip_lane(worker: Worker | None, lane: str) -> tuple[str | None, dict[str, 
         return "context_too_short", {"needed": int(context), "yours": served.context_length}
     if int(answer) > answer_limit(served):
         return "max_tokens_too_low", {"needed": int(answer), "yours": answer_limit(served)}
+    floor = worker.floor_milli(lane)
+    if floor > multiplier_milli:
+        asked = format_multiplier(floor) if floor < NEVER_MILLI else None
+        return "ask_too_high", {"yours": asked, "offered": format_multiplier(multiplier_milli)}
     if worker.draining:
         return "draining", {}
     if worker.standing.rests_s:

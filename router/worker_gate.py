@@ -15,6 +15,7 @@ from billing import payees
 from billing.errors import BadLightningAddress
 from billing.lightning_address import LightningAddresses
 from router import queenbee, workers
+from router.asks import Asks, fault_of
 from router.attempts import Attempts
 from router.database import Database
 from router.http_endpoints import Endpoints
@@ -52,6 +53,7 @@ class WorkerGate:
         models: Models,
         attempts: Attempts,
         addresses: LightningAddresses,
+        asks: Asks,
         *,
         clock: Callable[[], datetime],
     ) -> None:
@@ -61,6 +63,7 @@ class WorkerGate:
         self._models = models
         self._attempts = attempts
         self._addresses = addresses
+        self._asks = asks
         self._clock = clock
         self._task: asyncio.Task | None = None
         # Of applicants without an identity: which seats at which address are taken.
@@ -94,6 +97,9 @@ class WorkerGate:
             registration = Registration.model_validate(raw)
         except ValidationError as error:
             raise bad_registration(error) from None
+        fault = fault_of(registration.min_fees or {})
+        if fault is not None:
+            raise RefusedWorker("bad_registration", f"min_fees: {fault}")
         applicant = Applicant(
             identity=workers.hash_worker_key(registration.worker_key),
             models=registration.models,
@@ -101,6 +107,7 @@ class WorkerGate:
             name=registration.name,
             ln_url=registration.ln_url,
             hardware=registration.model_dump(mode="json", exclude=_NOT_HARDWARE),
+            min_fees=registration.min_fees or {},
         )
         session = await self.admit(
             applicant,
@@ -223,6 +230,7 @@ class WorkerGate:
             blame = "nobody" if isinstance(before, HttpSession) else "worker"
             before.cut("replaced by a new connection of the same worker", blame=blame)
         self.sessions[worker.id] = session
+        self._asks.set_floors(worker)
         self._fleet.add(worker)
         self._models.learn(worker.models)
         log.info(
@@ -284,6 +292,7 @@ class WorkerGate:
             ln_url=address.ln_url,
             speeds=record.speeds,
             standing=standing,
+            min_fees=applicant.min_fees,
             draining=record.draining,
             told_to_drain=record.draining,
             pulls=applicant.pulls,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,6 +23,8 @@ from worker.protocol import ModelKind, ServedModel
 # What is assumed of a worker that has not shown its speed yet, in tokens per second and seconds.
 UNKNOWN_SPEED = 20.0
 UNKNOWN_SERVICE_S = 5.0
+# The floor of a worker that no multiplier pays what it asks.
+NEVER_MILLI = 1 << 60
 # Beginnings of prompts that a worker is taken to have at hand, if it has fewer slots than that.
 LEAST_REMEMBERED = 2
 
@@ -36,6 +38,8 @@ class Worker:
     for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
     that it has not named. `met`: how prompts began that it was given last (`router.prompt_prefix`).
     `filled_at`, `freed_at`: when it was given a job last, and when one of its jobs ended last.
+    `min_fees`: what it asks at least, by model; `floors`: the multipliers that this comes to now, where
+    they are over one (`router.asks`).
     """
 
     id: str
@@ -59,6 +63,8 @@ class Worker:
     service_s: dict[str, float] = field(default_factory=dict)
     met: dict[int, None] = field(default_factory=dict)
     standing: Standing = field(default_factory=Standing)
+    min_fees: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    floors: dict[str, int] = field(default_factory=dict)
     done: int = 0
     failed: int = 0
     tokens: int = 0
@@ -102,6 +108,16 @@ class Worker:
             return wanted
         fit = [served.id for served in self.models if holds(served, lane)]
         return max(fit, key=lambda model: self.speeds.get(model, UNKNOWN_SPEED), default=wanted)
+
+    def floor_milli(self, lane: str) -> int:
+        """The least multiplier at which it takes jobs of this lane, in thousandths."""
+        if not self.floors:
+            return 0
+        wanted = model_of(lane)
+        if wanted != ANY_MODEL:
+            return self.floors.get(wanted, 0)
+        fit = (self.floors.get(m.id, 0) for m in self.models if holds(m, lane))
+        return min(fit, default=0)
 
     def merit(self, model: str) -> float:
         """How soon and how surely it will answer: speed times score, less what it is doing."""
@@ -247,14 +263,18 @@ class Fleet:
             w for w in self.everywhere() if not w.draining and w.serves(kind, model) is not None
         ]
 
-    def draining_lane(self, lane: str) -> list[Worker]:
-        """Connected workers that a job in this lane fits."""
-        return [w for w in self.everywhere() if not w.draining and w.drains(lane)]
+    def draining_lane(self, lane: str, multiplier_milli: int = NEVER_MILLI) -> list[Worker]:
+        """Connected workers that a job in this lane fits, and that take it at this multiplier."""
+        return [
+            w
+            for w in self.everywhere()
+            if not w.draining and w.drains(lane) and w.floor_milli(lane) <= multiplier_milli
+        ]
 
-    def competing_lanes(self, lane: str) -> list[str]:
+    def competing_lanes(self, lane: str, multiplier_milli: int = NEVER_MILLI) -> list[str]:
         """All lanes drained by workers that could take a job in `lane`: its competition."""
         lanes = {lane}
-        for worker in self.draining_lane(lane):
+        for worker in self.draining_lane(lane, multiplier_milli):
             lanes |= worker.lanes
         return sorted(lanes)
 

@@ -105,6 +105,7 @@ class ScriptedWorker:
         key: str | None = None,
         models: list[dict[str, Any]] | None = None,
         ln_url: str | None = "worker",
+        min_fees: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.socket = socket
         self.key = key or secrets.token_hex(32)
@@ -116,6 +117,8 @@ class ScriptedWorker:
             "models": models
             or [{"id": MODEL, "kind": "text", "context_length": 2048, "max_tokens": 1024}],
         }
+        if min_fees is not None:
+            self._registration["min_fees"] = min_fees
         if ln_url is not None:
             self._registration["ln_url"] = ln_url if "@" in ln_url else f"{ln_url}@{lnurl_host}"
 

@@ -119,7 +119,8 @@ class WorkerSettings(BaseSettings):
     )
     worker_name: str | None = Field(default=None, max_length=100, description="A name for people.")
     min_fees: dict[str, dict[str, int]] | None = Field(
-        default=None, description='Model to least rates: {"m": {"output_msat_per_mtok": 5}}.'
+        default=None,
+        description='What it asks at least, after the commission: {"m": {"output_msat_per_mtok": 5}}.',
     )
     grace_s: float = Field(default=30, ge=0, description="How long SIGTERM waits for running jobs.")
     reconnect_max_s: float = Field(
