@@ -139,13 +139,18 @@ def network_part(folder: Path, port: int) -> Part:
 
 
 def router_part(
-    folder: Path, *, port: int, network_url: str, database_url: str | None = None, **settings: Any
+    folder: Path,
+    *,
+    port: int,
+    network_url: str | None = None,
+    database_url: str | None = None,
+    **settings: Any,
 ) -> Part:
-    """A router process; without `database_url` it has a PostgreSQL of its own inside."""
+    """A router process; without `database_url` it has a PostgreSQL of its own inside, and without
+    `network_url` the settings name a real node."""
     given = {
         "port": port,
         "data_dir": folder / "router",
-        "simulated_url": network_url,
         "lnurl_allow_private": "true",
         "admin_token": ADMIN_TOKEN,
         "rate_limits": "off",
@@ -154,6 +159,8 @@ def router_part(
         "payout_interval_s": 1,
         **settings,
     }
+    if network_url is not None:
+        given["simulated_url"] = network_url
     if database_url is not None:
         given["database_url"] = database_url
     environment = {f"SATHERD_{name.upper()}": str(value) for name, value in given.items()}

@@ -65,6 +65,8 @@ def maybe_fulfill_htlc(self, **arguments):
     held = holds.get(key)
     if held == "canceled" or key in refused_once or (held is None and mood == "refuse"):
         refused_once.discard(key)
+        # The same invoice again is another try.
+        holds.pop(key, None)
         height = self.network.get_local_height()
         raise OnionRoutingFailure(
             code=OnionFailureCode.INCORRECT_OR_UNKNOWN_PAYMENT_DETAILS,
