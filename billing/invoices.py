@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 Transaction = Callable[[], AbstractAsyncContextManager[Any]]
 
+# Parts of a payment that came in time may be held for a minute before the set is complete.
+EXPIRED_FOR = timedelta(minutes=2)
 LATE_CHECKS = (timedelta(minutes=10), timedelta(hours=1), timedelta(hours=24), timedelta(days=7))
 
 
@@ -257,6 +259,10 @@ class InvoiceWatcher:
         self.joined_at: datetime | None = None
 
     @property
+    def _cancels(self) -> bool:
+        return self._backend.capabilities.cancel_invoice
+
+    @property
     def pushed(self) -> bool:
         return self._backend.capabilities.push != "none"
 
@@ -303,22 +309,33 @@ class InvoiceWatcher:
                 limit,
             )
         for row in due:
+            dead = False
             try:
                 await self.check(row["payment_hash"])
+                dead = await self._sweep(row["payment_hash"], row["expires_at"])
             except BackendError as error:
                 log.warning("invoice not checked payment_hash=%s: %s", row["payment_hash"], error)
             now = self._clock()
+            again_at = next_check(now, row["created_at"], row["expires_at"], pushed=self.pushed)
             async with self._transaction() as connection:
                 await connection.execute(
                     "update invoices set next_check_at = $2,"
                     " state = case when $3 < $4::timestamptz then 'expired' else state end"
                     " where payment_hash = $1 and state in ('open', 'expired')",
                     row["payment_hash"],
-                    next_check(now, row["created_at"], row["expires_at"], pushed=self.pushed),
+                    None if dead else again_at,
                     row["expires_at"] + timedelta(minutes=1),
                     now,
                 )
         return len(due)
+
+    async def _sweep(self, payment_hash: str, expires_at: datetime) -> bool:
+        """Let the node give up an invoice that has expired; True: it can never settle any more, so
+        nobody need ask again. Without this, those who ask for invoices and pay none would fill the
+        node's list for ever."""
+        if self._clock() < expires_at + EXPIRED_FOR or not self._cancels:
+            return False
+        return await self._backend.cancel_invoice(payment_hash)
 
     async def _settle(
         self, payment_hash: str, received_msat: int, settled_at: datetime, cursor: str | None

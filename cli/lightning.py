@@ -10,11 +10,13 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from billing.errors import BillingError
 from billing.lightning import (
     BackendAuthError,
     BackendError,
+    BackendRejected,
     BackendUnavailable,
     Capabilities,
     LightningBackend,
@@ -84,6 +86,7 @@ async def examine(backend: LightningBackend) -> Report:
     except BackendError as error:
         report.blocking.append(f"The node does not tell what it holds: {_explained(error)}")
     await _try_credentials(report, backend)
+    await _try_lists(report, backend)
     report.facts.append(("can", _capabilities(backend.capabilities)))
     return report
 
@@ -149,6 +152,28 @@ async def _try_credentials(report: Report, backend: LightningBackend) -> None:
             report.facts.append((purpose, "no"))
         else:
             report.facts.append((purpose, "can be seen"))
+
+
+async def _try_lists(report: Report, backend: LightningBackend) -> None:
+    """Whether the node's own history can be compared with the books."""
+    try:
+        for lists in (backend.received_since, backend.sent_since):
+            async for _ in lists(datetime.now(UTC)):
+                pass  # of this moment: nothing, or next to it
+    except BackendRejected as error:
+        report.facts.append(("history", "cannot be listed"))
+        report.missing.append(
+            "A list of what the node did: without it nobody notices payments that a restored database"
+            f" has forgotten. [{error}]"
+        )
+    except BackendError as error:
+        report.facts.append(("history", "cannot be listed"))
+        report.blocking.append(
+            "The node's history cannot be read, and nothing is paid out before it was compared with"
+            f" the books: {_explained(error)}"
+        )
+    else:
+        report.facts.append(("history", "can be listed, and is compared with the books"))
 
 
 def _explained(error: BackendError) -> str:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from billing import ledger, payees, payout_control, payout_records
-from billing.payees import PayeeAddress
+from billing.payees import PayeeAddress, PayeeStatus
 from billing.payout_records import PayoutRecord
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
@@ -102,7 +102,11 @@ def address_view(address: PayeeAddress | None) -> dict[str, Any]:
     view: dict[str, Any] = {
         "ln_url": address.ln_url if address else None,
         "payable": address is not None and address.ln_url is not None,
+        "address_status": (address.status if address else PayeeStatus.UNPAID).value,
     }
+    if address is not None and address.failure_code is not None:
+        view["address_failure"] = address.failure_code
+        view["next_try_at"] = time_text(address.next_try_at)
     if address is not None and address.next_ln_url_at is not None:
         view["next_ln_url"] = address.next_ln_url
         view["next_ln_url_at"] = time_text(address.next_ln_url_at)

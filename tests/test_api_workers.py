@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from billing import ledger
+from billing import ledger, payees
 from billing.ledger import Transfer
 from billing.payees import PayeeAddress, PayeeStatus
 from billing.payout_settings import PayoutSettings
@@ -116,6 +116,7 @@ async def test_a_first_address_counts_at_once_and_a_change_after_an_hour(router:
             "worker_id": worker.id,
             "ln_url": f"worker@{router.lnurl_host}",
             "payable": True,
+            "address_status": "payable",
         }
         # From now on the connected worker earns.
         live = router.core.fleet.get(worker.id)
@@ -331,3 +332,25 @@ def test_jobs_that_it_could_have_are_skipped_only_while_it_cannot_take_them():
     for number in range(FAULTS_BEFORE_REST):
         resting.fault(f"job{number}", 1, "engine_error")
     assert codes(a_worker(standing=resting)) == {"cooling_down": 4}
+
+
+async def test_a_worker_sees_that_its_address_fails_and_after_a_week_that_it_has_failed(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """What is owed stays owed, and is tried again daily."""
+    async with router.worker() as worker:
+        core, now = router.core, router.core.clock()
+        for days, failures, status in ((0, 1, "retrying"), (8, 9, "address_failing")):
+            moment = now + timedelta(days=days)
+            async with core.database.transaction() as connection:
+                for _ in range(failures):
+                    await payees.note_failure(
+                        connection, worker.id, "unreachable", now=moment, jitter=0.5
+                    )
+            monkeypatch.setattr(core, "clock", lambda moment=moment: moment)
+            shown = await me(router, worker)
+            assert shown["address_status"] == status
+            assert shown["address_failure"] == "unreachable"
+            next_try_at = datetime.fromisoformat(shown["next_try_at"])
+            assert moment < next_try_at <= moment + timedelta(days=1)
+            assert shown["payable"] is True

@@ -66,6 +66,7 @@ async def test_a_node_that_will_do(
     assert "Inbound liquidity" in printed
     assert "Outbound liquidity" not in printed
     assert "A router can work with this node." in printed
+    assert "history     can be listed" in printed
     assert ("333 sat (cannot be spent" in printed) is (rig.backend.name == "phoenixd")
 
 

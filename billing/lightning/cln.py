@@ -167,10 +167,10 @@ class ClnBackend(RealNode):
     async def cancel_invoice(self, payment_hash: str) -> bool:
         """True once: CLN deletes the invoice, and knows nothing of it afterwards."""
         found = await self._find_invoice("cancel_invoice", payment_hash)
-        if found is None or found.get("status") != "unpaid":
+        if found is None or found.get("status") not in ("unpaid", "expired"):
             return False
         # It names the status, so that an invoice that is paid at this moment is not deleted.
-        body = {"label": found.text("label"), "status": "unpaid"}
+        body = {"label": found.text("label"), "status": found.text("status")}
         reply = await self._receive.request("cancel_invoice", "POST", "/v1/delinvoice", body=body)
         _refuse_bad_rune(reply)
         return reply.status == 201

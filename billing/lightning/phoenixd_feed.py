@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 
 import websockets
@@ -11,6 +12,10 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from billing.lightning import BackendAuthError, BackendUnavailable, OutcomeUnknown
 from billing.lightning.node_http import CONNECT_TIMEOUT_S, Fields
+
+# The library writes the headers of a connection at DEBUG, and the password is in one.
+_quiet_log = logging.getLogger("billing.lightning.phoenixd_feed.stream")
+_quiet_log.setLevel(logging.WARNING)
 
 
 class _Opened:
@@ -24,6 +29,7 @@ class _Opened:
             close_timeout=1.0,
             ping_interval=20.0,
             proxy=None,
+            logger=_quiet_log,
         )
 
     async def __aenter__(self) -> ClientConnection:

@@ -141,10 +141,13 @@ class _Cln:
         payment_hash = await self._core.by_key(body["label"])
         if payment_hash is None:
             raise RpcError(905, "Unknown invoice")
+        record = await self._core.network.lookup_invoice(self._core.wallet, payment_hash)
+        if record is None or _STATUSES[record.state] != body["status"]:
+            raise RpcError(906, "Invoice status is not " + body["status"])
         if not await self._core.network.cancel_invoice(self._core.wallet, payment_hash):
             raise RpcError(906, "Invoice status is paid not " + body["status"])
         self._deleted.add(payment_hash)
-        return {"label": body["label"], "status": "unpaid"}
+        return {"label": body["label"], "status": body["status"]}
 
     async def waitanyinvoice(self, body: Any) -> Any:
         records = self._core.settled(body.get("lastpay_index", 0))

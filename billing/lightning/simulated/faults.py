@@ -42,6 +42,8 @@ OPERATIONS = frozenset(
         "settlements",
         "pay_invoice",
         "lookup_payment",
+        "list_received",
+        "list_sent",
     }
 )
 
