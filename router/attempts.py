@@ -25,6 +25,7 @@ from router import charging, results
 from router.answer_hash import answer_hash
 from router.charging import NOTHING, Charge, Delivered
 from router.database import BatchingWriter, Database, DatabaseUnavailable
+from router.demands import conditions_of
 from router.job_records import Claimed, Ended, Ending, GiveBack
 from router.job_states import Event, State
 from router.job_stream import JobStream, StreamHub
@@ -35,7 +36,7 @@ from router.reputation import Blame, Reputation
 from router.skips import GivenJobs
 from router.tally import Tally
 from router.workers import Worker
-from worker.protocol import TEXT_KINDS, FinishReason, Kind, Picture, Usage
+from worker.protocol import TEXT_KINDS, Conditions, FinishReason, Kind, Picture, Usage
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,18 @@ class RunningAttempt:
     progress_at: float = field(default_factory=time.monotonic)
     first_token_at: datetime | None = None
     settled: bool = False
+    conditions: Conditions | None = None
+
+    @property
+    def overdue(self) -> str | None:
+        """Which of the client's own times is over: `timeout`, `slow`, or none."""
+        now, limits = time.monotonic(), self.conditions
+        if limits is None:
+            return None
+        if limits.timeout_s is not None and now - self.began_at > limits.timeout_s:
+            return "timeout"
+        late = limits.token_s is not None and now - self.progress_at > limits.token_s
+        return "slow" if late else None
 
     def delivered(self, usage: Usage | None = None, *, images: int = 0) -> Delivered:
         """What has reached the router, with the worker's counts where it gave any."""
@@ -113,7 +126,8 @@ class Attempts:
         self._supersede(claimed.job_id)
         stream = self._hub.open(claimed.job_id, State.QUEUED)
         stream.restart(State.RUNNING, claimed.attempt)
-        running = RunningAttempt(claimed, worker, stream, stop)
+        conditions = conditions_of(claimed.spec)
+        running = RunningAttempt(claimed, worker, stream, stop, conditions=conditions)
         self.running[claimed.job_id] = running
         self.given.note(claimed, worker)
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
@@ -171,6 +185,25 @@ class Attempts:
         if not running.settled:
             running.settled = True
             self._background(self._fail(running, outcome, blame, error, retry))
+
+    def check_deadlines(self) -> None:
+        """Called once a second: end what takes longer than its client is ready to wait.
+
+        Over the whole time (`timeout`), the job ends; too long for a token (`ft_timeout`), another
+        worker may try (QB-R11). Either was the client's wish, and is no fault of the worker.
+        """
+        for running in list(self.running.values()):
+            overdue = None if running.settled else running.overdue
+            if overdue is None:
+                continue
+            self.fail(
+                running,
+                outcome=overdue,
+                blame="client",
+                error="slower than the client was ready to wait",
+                retry=overdue == "slow",
+            )
+            running.stop()
 
     async def cancel(self, job_id: str, reason: str) -> bool:
         """Stop a job that runs here and settle it as it stands. False: it does not run here."""
@@ -287,7 +320,8 @@ class Attempts:
         else:
             last = claimed.attempt >= self._max_attempts
             failed = "attempts_exhausted" if last else "worker_failed"
-            reason = outcome if of_the_job else failed
+            ends_it = of_the_job or outcome == "timeout"
+            reason = outcome if ends_it else failed
             await self._end_running(
                 running, Event.FAIL, reason, NOTHING, None, outcome, blame, error
             )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,6 +28,8 @@ POLL_S = 1.0
 SPARE_HEADS = 16
 # How good a worker that knows the prompt must be beside the best: what it saves is reading.
 WARM_ENOUGH = 0.7
+# For so long after a job that demands something, each dispatch looks for such jobs.
+DEMANDED_S = 60.0
 
 
 def may_take(worker: Worker, candidate: Candidate, able: Sequence[Worker]) -> bool:
@@ -99,13 +103,14 @@ def _only_for(worker: Worker, candidate: Candidate, free: dict[str, int], fleet:
     return [w for w in able if free.get(w.id, 0) > 0] == [worker]
 
 
-async def lanes_of(connection: Any, workers: Sequence[Worker]) -> list[str]:
-    """All lanes that these workers drain, also those that only the queue can name."""
+async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: bool) -> list[str]:
+    """All lanes that these workers drain, also those that only the queue can name: of models that
+    nobody has listed, and, if `demanding`, of jobs that demand more of their worker than a model."""
     lanes = {lane for worker in workers for lane in worker.lanes}
-    open_ones = [worker for worker in workers if worker.offers is not None]
-    if open_ones:
+    able = workers if demanding else [worker for worker in workers if worker.offers is not None]
+    if able:
         waiting = set(await waiting_lanes(connection)) - lanes
-        lanes |= {lane for lane in waiting if any(w.drains(lane) for w in open_ones)}
+        lanes |= {lane for lane in waiting if any(worker.drains(lane) for worker in able)}
     return sorted(lanes)
 
 
@@ -141,6 +146,7 @@ class Dispatcher:
         self._clock = clock
         self._awake = asyncio.Event()
         self._task: asyncio.Task | None = None
+        self._looked_at = -math.inf
         self.paused = False
 
     def wake(self) -> None:
@@ -183,7 +189,7 @@ class Dispatcher:
             return False
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
         async with self._database.connection() as connection:
-            lanes = await lanes_of(connection, idle)
+            lanes = await lanes_of(connection, idle, demanding=self._demanding())
             floors = floors_of(lanes, idle)
             candidates = await heads(connection, lanes, most=most, floors=floors)
         pairs = match(candidates, self._fleet, self._commission_ppm())
@@ -195,6 +201,15 @@ class Dispatcher:
         # Whoever lost all races looks again at once: the queue is not empty, only contested.
         return any(results) or len(candidates) >= most
 
+    def _demanding(self) -> bool:
+        """Whether to look for jobs that demand something: while this router has seen one not long
+        ago, and otherwise once a second, for those that others have queued."""
+        now = time.monotonic()
+        if now - self._fleet.demanded_at > DEMANDED_S and now - self._looked_at < POLL_S:
+            return False
+        self._looked_at = now
+        return True
+
     async def claim_for(self, worker: Worker) -> Claimed | None:
         """The dearest job that fits a worker which asks for one, claimed; None: there is none.
 
@@ -203,7 +218,7 @@ class Dispatcher:
         """
         while not self.paused and worker.free_slots > 0:
             async with self._database.connection() as connection:
-                lanes = await lanes_of(connection, [worker])
+                lanes = await lanes_of(connection, [worker], demanding=self._demanding())
                 floors = floors_of(lanes, [worker])
                 candidates = await heads(connection, lanes, most=1 + SPARE_HEADS, floors=floors)
             fitting = [

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from router.demands import without
 from worker.protocol import ModelKind, ServedModel
 
 # In the place of a model's name: any model of the kind will do.
@@ -78,7 +79,7 @@ def model_of(lane: str) -> str:
 
 def holds(served: ServedModel, lane: str) -> bool:
     """Whether every job of a lane that any model may serve fits this one."""
-    kind, context, answer, _ = lane.split("/", 3)
+    kind, context, answer, _ = without(lane).split("/", 3)
     return (
         served.kind == kind
         and int(context) <= served.context_length

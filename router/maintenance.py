@@ -20,7 +20,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from router import charging, door_ids, job_queue, job_store, kept_chunks, workers
+from router import charging, demands, door_ids, job_queue, job_store, kept_chunks, workers
 from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
@@ -373,6 +373,7 @@ class Maintenance:
                     model_of(row["lane"]),
                     prompt_tokens=row["prompt_tokens"],
                     max_tokens=row["max_tokens"],
+                    demand=demands.of_lane(row["lane"]),
                 )
                 if lane != row["lane"]:
                     await job_queue.move(connection, row["job_id"], row["lane"], lane)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from router import choices, lanes
+from router import choices, demands, lanes
+from router.demands import Demand
 from router.errors import BadRequest, NoWorker, PromptTooLong, RouterError, UnknownModel
 from router.lanes import ANY_MODEL, answer_limit
-from router.workers import Fleet, Worker
+from router.queenbee_models import canonical
+from router.workers import FarWorkers, Fleet, Worker
 from worker.protocol import MODEL_KIND, TEXT_KINDS, Kind, ModelKind, ServedModel
 
 
@@ -41,8 +44,18 @@ class Models:
         for model in models:
             self.known[model.kind, model.id] = model
 
-    def lane(self, kind: Kind, model: str, *, prompt_tokens: int, max_tokens: int) -> str:
-        return lanes.lane(
+    def lane(
+        self,
+        kind: Kind,
+        model: str,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        demand: Demand = demands.NONE,
+    ) -> str:
+        if demand:
+            self.fleet.demanded_at = time.monotonic()
+        return demand.prefix + lanes.lane(
             self.fleet.edges,
             kind=MODEL_KIND[kind],
             model=model,
@@ -50,16 +63,25 @@ class Models:
             max_tokens=max_tokens,
         )
 
+    def name_of(self, kind: Kind, model: str) -> str:
+        """The model itself, or what one of QueenBee's short names stands for (QB-R15) where nobody
+        here has a model of that name."""
+        served = MODEL_KIND[kind]
+        if (served, model) in self.known or self.fleet.serving(served, model):
+            return model
+        return canonical(model)
+
     def lanes_of(self, job: Any) -> list[str]:
         """Where a job waits, from its row or as it was claimed."""
         read = job.__getitem__ if hasattr(job, "__getitem__") else partial(getattr, job)
-        named = read("choices")
+        named, demand = read("choices"), demands.of_job(read("spec") or "")
         return [
             self.lane(
                 Kind(read("kind")),
                 model,
                 prompt_tokens=read("prompt_tokens"),
                 max_tokens=read("max_tokens"),
+                demand=demand,
             )
             for model in (choices.models_of(named) if named else [read("model")])
         ]
@@ -73,6 +95,7 @@ class Models:
         max_tokens: int | None,
         default_max_tokens: int,
         may_wait: bool,
+        demand: Demand = demands.NONE,
     ) -> int:
         """How many tokens a job may produce on some worker of `model`; 0 unless it makes text.
 
@@ -80,7 +103,7 @@ class Models:
         that only workers not connected now have served. Raises UnknownModel, NoWorker,
         PromptTooLong, BadRequest (max_tokens over every limit).
         """
-        offers = self._offers(kind, model, may_wait=may_wait)
+        offers = self._offers(kind, model, may_wait=may_wait, demand=demand)
         if kind not in TEXT_KINDS:
             _need(offers, prompt_tokens, 0)
             return 0
@@ -105,6 +128,7 @@ class Models:
         max_tokens: int | None,
         default_max_tokens: int,
         may_wait: bool,
+        demand: Demand = demands.NONE,
     ) -> int:
         """The same for a job that any of `models` may serve: what all can do that can do it at all.
 
@@ -123,6 +147,7 @@ class Models:
                         max_tokens=max_tokens,
                         default_max_tokens=default_max_tokens,
                         may_wait=may_wait,
+                        demand=demand,
                     )
                 )
             except RouterError as error:
@@ -137,9 +162,22 @@ class Models:
         """All models that were ever served here and take a prompt."""
         return sorted(model for kind, model in self.known if kind is ModelKind.TEXT)
 
-    def _offers(self, kind: Kind, model: str, *, may_wait: bool) -> list[ServedModel]:
+    def _offers(
+        self, kind: Kind, model: str, *, may_wait: bool, demand: Demand
+    ) -> list[ServedModel]:
         served = MODEL_KIND[kind]
         workers = self.fleet.serving(served, model)
+        if demand and not may_wait and workers:
+            # Of what other routers have, only the sums are known: one of them may meet it.
+            workers = [w for w in workers if w.traits.meet(demand) or isinstance(w, FarWorkers)]
+            if not workers and demand.large:
+                raise BadRequest("no worker that is connected takes a request of this size")
+            if not workers:
+                raise NoWorker(
+                    f"no worker that serves {model} meets the gpu_filter;"
+                    " send X-Max-Wait-S to wait for one",
+                    model=model,
+                )
         offers = [m for m in (w.serves(served, model) for w in workers) if m is not None]
         known = self.known.get((served, model))
         if not offers and known is None:

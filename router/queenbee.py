@@ -17,6 +17,7 @@ from coincurve import PublicKeyXOnly
 from pydantic import BaseModel, ConfigDict, Field
 
 from router import workers
+from router.demands import Traits, read_version
 from router.queenbee_models import FAST_EMBED, Hardware, is_repository, name_for
 from router.sessions import Applicant
 from worker.protocol import ModelKind, ServedModel
@@ -149,6 +150,20 @@ def applicant(registration: QueenBeeRegistration, public_key: bytes | None) -> A
         )
         | ({"pubkey": registration.pubkey} if public_key is not None else {}),
         offers=offers(registration),
+        traits=traits(registration, public_key),
+    )
+
+
+def traits(registration: QueenBeeRegistration, public_key: bytes | None) -> Traits:
+    """What clients may filter by (QB-R6). A key counts as a name once it is verified (E1-4)."""
+    scheme, _, user_id = (registration.auth_key or "").partition(":")
+    return Traits(
+        version=read_version(registration.worker_version),
+        capabilities=registration.can,
+        names=frozenset({registration.pubkey or ""} if public_key is not None else ()),
+        slug=registration.slug,
+        user_id=user_id if scheme == "uid" else None,
+        large=False,
     )
 
 

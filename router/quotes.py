@@ -26,7 +26,7 @@ from billing.fees import ONE_MILLI, Rates
 from billing.invoices import Credit, InvoiceWatcher, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
-from router import choices, job_store, job_submits
+from router import choices, demands, job_store, job_submits
 from router.database import Database
 from router.errors import (
     BadRequest,
@@ -174,6 +174,7 @@ class Quotes:
                 max_tokens=request.max_tokens,
                 default_max_tokens=self._settings.default_max_tokens,
                 may_wait=may_wait,
+                demand=demands.of_spec(item.spec),
             )
         except RouterError:
             if not anyhow:
@@ -244,9 +245,14 @@ class Quotes:
         item = request.items[index]
         model, rates = self._dearest(schedule, item, max_tokens)
         spec = item.spec.model_copy(update={"max_tokens": max_tokens, "model": model})
+        demand = demands.of_spec(item.spec)
         lane, *more_lanes = [
             self._models.lane(
-                request.kind, name, prompt_tokens=item.prompt_tokens, max_tokens=max_tokens
+                request.kind,
+                name,
+                prompt_tokens=item.prompt_tokens,
+                max_tokens=max_tokens,
+                demand=demand,
             )
             for name in item.models
         ]
@@ -466,7 +472,7 @@ class Quotes:
             await self._mark_late(connection, credit.reference)
             return []
         jobs = await connection.fetch(
-            "select id, kind, model, choices, prompt_tokens, max_tokens from jobs"
+            "select id, kind, model, choices, spec, prompt_tokens, max_tokens from jobs"
             " where quote_id = $1",
             credit.reference,
         )

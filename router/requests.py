@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from billing.msat import parse_decimal
 from billing.outside_url import OutsideRules
+from router.conditions import read_conditions
 from router.errors import BadRequest
 from router.image_requests import edit_spec, image_spec
 from router.prompt_tokens import prompt_tokens
@@ -118,7 +119,10 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     count = integer(wanted, "n", low=1, high=limits.max_n, default=1)
     assert count is not None
     max_tokens = _max_tokens(body) if kind in TEXT_KINDS else None
+    conditions = read_conditions(body)
     specs = _SPECS[kind](body, max_tokens or 0)
+    if conditions is not None:
+        specs = [spec.model_copy(update={"conditions": conditions}) for spec in specs]
     if len(models) * len(specs) * count > limits.max_n:
         raise BadRequest(f"a request makes at most {limits.max_n} jobs", param="n")
     extra = _extra(body)
@@ -155,6 +159,17 @@ def with_echo_at_the_door(request: Request) -> Request:
         replace(item, spec=item.spec.model_copy(update={"echo": False})) for item in request.items
     )
     return replace(request, items=tuple(items), echo=True)
+
+
+def renamed(request: Request, name_of: Callable[[str], str]) -> Request:
+    """The same request with its models by other names."""
+    if all(name_of(item.spec.model) == item.spec.model for item in request.items):
+        return request
+    items = (
+        replace(item, spec=item.spec.model_copy(update={"model": name_of(item.spec.model)}))
+        for item in request.items
+    )
+    return replace(request, items=tuple(items))
 
 
 def request_hash(kind: Kind, body: Mapping[str, Any]) -> bytes:

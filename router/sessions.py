@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from router.demands import ANYBODY, Traits, read_version
 from router.job_records import Claimed
 from router.workers import Worker
-from worker.protocol import ModelKind, Refused, ServedModel
+from worker.protocol import ModelKind, Refused, Registration, ServedModel
 
 
 class Session(Protocol):
@@ -61,7 +62,8 @@ class Applicant:
     `identity` is what its earnings and its record belong to: a hash of a secret that it has shown, or
     of a public key whose signature was verified (`workers.hash_worker_key`, `workers.hash_identity`).
     None: it is known by its address alone. Several that name one address sit side by side, each on
-    a seat with a record of its own. `pulls`, `offers` and `min_fees` are the worker's.
+    a seat with a record of its own. `pulls`, `offers`, `traits` and `min_fees` are
+    the worker's.
     """
 
     identity: bytes | None
@@ -73,6 +75,7 @@ class Applicant:
     pulls: bool = False
     min_fees: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     offers: Callable[[ModelKind, str], ServedModel | None] | None = None
+    traits: Traits = ANYBODY
 
 
 class RefusedWorker(Exception):
@@ -103,3 +106,17 @@ def _strings(value: Any) -> list[str]:
     if not isinstance(parts, list):
         return []
     return [text for part in parts for text in _strings(part)]
+
+
+# What QueenBee's clients call what our workers do (QB-P7).
+_CAPABILITIES = {
+    ModelKind.TEXT: "llama-infer",
+    ModelKind.EMBEDDING: "llama-infer",
+    ModelKind.IMAGE: "sdxl",
+}
+
+
+def native_traits(registration: Registration) -> Traits:
+    """What a worker of ours is to somebody who filters as at QueenBee."""
+    can = {_CAPABILITIES[m.kind] for m in registration.models if m.kind in _CAPABILITIES}
+    return Traits(version=read_version(registration.worker_version), capabilities=frozenset(can))

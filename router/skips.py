@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from billing.fees import format_multiplier
+from router import demands
 from router.job_records import Claimed
 from router.lanes import ANY_MODEL, answer_limit
 from router.queue_counts import Step
 from router.workers import NEVER_MILLI, Worker
+from worker.protocol import ModelKind
 
 # How many of the jobs that were given last are remembered, and for how long they matter.
 GIVEN_KEPT = 512
@@ -42,6 +44,7 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
     cooling_down               it failed too often in a row; facts: for how long
     ask_too_high               facts: the multiplier that its ask comes to, and the highest that waits
     model_not_served           facts: the models
+    demands_not_met            a gpu_filter, or a request larger than it takes
     context_too_short          facts: the context needed by the longest class, and its own
     max_tokens_too_low         facts: the same for the answer
     """
@@ -76,8 +79,12 @@ def _skip_lane(
 ) -> tuple[str | None, dict[str, Any]]:
     if worker is None:
         return "offline", {}
-    kind, context, answer, model = lane.split("/", 3)
+    if not worker.traits.meet(demands.of_lane(lane)):
+        return "demands_not_met", {}
+    kind, context, answer, model = demands.without(lane).split("/", 3)
     able = [m for m in worker.models if m.kind == kind and model in (m.id, ANY_MODEL)]
+    unnamed = None if able else worker.serves(ModelKind(kind), model)
+    able += [unnamed] if unnamed else []
     if not able:
         return "model_not_served", {}
     served = max(able, key=lambda m: (m.context_length, answer_limit(m)))
@@ -131,7 +138,7 @@ class GivenJobs:
             for given in self._given
             if since <= given.at < until
             and given.worker_id != worker.id
-            and not worker.lanes.isdisjoint(lanes_of(given.claimed))
+            and any(map(worker.drains, lanes_of(given.claimed)))
         ]
         if not lost:
             return None

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -25,7 +26,14 @@ from router.models import Models
 from router.queenbee import QueenBeeRegistration
 from router.queenbee_sessions import QueenBeeSession
 from router.rate_limits import Windows
-from router.sessions import Applicant, RefusedWorker, Session, bad_registration, texts_of
+from router.sessions import (
+    Applicant,
+    RefusedWorker,
+    Session,
+    bad_registration,
+    native_traits,
+    texts_of,
+)
 from router.settings import Settings
 from router.worker_sessions import Connection, WorkerSession
 from router.workers import Fleet, Worker
@@ -108,6 +116,7 @@ class WorkerGate:
             ln_url=registration.ln_url,
             hardware=registration.model_dump(mode="json", exclude=_NOT_HARDWARE),
             min_fees=registration.min_fees or {},
+            traits=native_traits(registration),
         )
         session = await self.admit(
             applicant,
@@ -297,6 +306,8 @@ class WorkerGate:
             told_to_drain=record.draining,
             pulls=applicant.pulls,
             offers=applicant.offers,
+            # Its public id is one of its names.
+            traits=replace(applicant.traits, names=applicant.traits.names | {record.id}),
         )
 
     def leave(self, session: Session) -> None:
@@ -338,6 +349,7 @@ class WorkerGate:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
+            self._attempts.check_deadlines()
             for session in list(self.sessions.values()):
                 session.check_progress(
                     first_token_s=self._settings.first_token_timeout_s,

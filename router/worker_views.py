@@ -199,9 +199,10 @@ def stats(core: Core) -> dict[str, int]:
     }
 
 
-async def detail(core: Core, worker_id: str | None) -> list[dict[str, Any]]:
-    """What workers connected here are, without who they are (QB-R18). None: all of them."""
-    workers = [w for w in core.fleet.all() if worker_id is None or w.id == worker_id]
+async def detail(core: Core, name: str | None) -> list[dict[str, Any]]:
+    """What workers connected here are, without who they are (QB-R18). `name`: a public id or a verified
+    key; None: all of them."""
+    workers = [w for w in core.fleet.all() if name is None or name in w.traits.names]
     async with core.database.connection() as connection:
         rows = await connection.fetch(
             "select id, hardware, jobs_done from workers where id = any($1::text[])",
@@ -215,8 +216,9 @@ def _detail(worker: Worker, row: Any) -> dict[str, Any]:
     hardware = json.loads(row["hardware"])
     return {
         "worker_version": hardware.get("worker_version"),
-        "capabilities": sorted({model.kind.value for model in worker.models}),
-        "gpu_cnt": hardware.get("nv_gpu_count") or len(hardware.get("nv_gpus") or ()),
+        "capabilities": sorted(worker.traits.capabilities),
+        "gpu_cnt": hardware.get("nv_gpu_count")
+        or max(len(hardware.get(cards) or ()) for cards in ("nv_gpus", "cl_gpus", "web_gpus")),
         "perf": round(max(worker.speeds.values()), 1) if worker.speeds else None,
         "cnt": row["jobs_done"] + worker.done,
         "busy": bool(worker.busy),

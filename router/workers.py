@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from billing.accounts import new_id
+from router import demands
+from router.demands import Traits
 from router.lanes import ANY_MODEL, BASE_EDGES, Edges, answer_limit, drained_by, holds, model_of
 from router.standing import Standing, average
 from worker.protocol import ModelKind, ServedModel
@@ -36,7 +39,8 @@ class Worker:
     `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
     admin has said so. `resting`: it has said that it is busy with something else. `pulls`: it asks
     for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
-    that it has not named. `met`: how prompts began that it was given last (`router.prompt_prefix`).
+    that it has not named. `traits`: what clients may demand of it. `met`: how prompts began that it
+    was given last (`router.prompt_prefix`).
     `filled_at`, `freed_at`: when it was given a job last, and when one of its jobs ended last.
     `min_fees`: what it asks at least, by model; `floors`: the multipliers that this comes to now, where
     they are over one (`router.asks`).
@@ -54,6 +58,7 @@ class Worker:
     pulls: bool = False
     resting: bool = False
     offers: Callable[[ModelKind, str], ServedModel | None] | None = None
+    traits: Traits = demands.ANYBODY
     stands_for: int = 1
     busy: set[str] = field(default_factory=set)
     lanes: frozenset[str] = frozenset()
@@ -94,12 +99,16 @@ class Worker:
         return named
 
     def drains(self, lane: str) -> bool:
-        """Whether every job in this lane fits."""
-        return lane in self.lanes or (self.offers is not None and self._drains_unnamed(lane))
-
-    def _drains_unnamed(self, lane: str) -> bool:
-        served = self.serves(ModelKind(lane.split("/", 1)[0]), model_of(lane))
-        return served is not None and holds(served, lane)
+        """Whether every job in this lane fits, also one that only its name tells of."""
+        if lane in self.lanes:
+            return True
+        demand, plain = demands.of_lane(lane), demands.without(lane)
+        if not self.traits.meet(demand):
+            return False
+        if plain in self.lanes or self.offers is None:
+            return plain in self.lanes
+        served = self.serves(ModelKind(plain.split("/", 1)[0]), model_of(plain))
+        return served is not None and holds(served, plain)
 
     def model_for(self, lane: str) -> str:
         """Which of its models serves a job of this lane: the fastest, where any will do."""
@@ -190,6 +199,8 @@ class Fleet:
         # Lanes that no worker drains any more are forgotten with the last one.
         self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
         self.edges = Edges()
+        # When a job was last seen here that demands more of its worker than a model.
+        self.demanded_at = -math.inf
 
     def add(self, worker: Worker) -> None:
         """Take a worker in; the edges must hold its limits already."""

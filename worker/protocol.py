@@ -79,6 +79,22 @@ class Sampling(BaseModel):
     logit_bias: dict[str, float] | None = None
 
 
+class Conditions(BaseModel):
+    """What a client asks of the worker (QueenBee's `gpu_filter`) and of its speed. The router sees to
+    it; a worker need not look. `worker`: a public id or key. Times in seconds: for the whole
+    attempt, and for each token of a stream."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    min_version: str | None = None
+    capabilities: list[str] = []
+    worker: str | None = None
+    slug: str | None = None
+    user_id: str | None = None
+    timeout_s: float | None = None
+    token_s: float | None = None
+
+
 class ChatSpec(BaseModel):
     """One chat answer. `messages` are OpenAI's, already checked by the front door."""
 
@@ -91,6 +107,7 @@ class ChatSpec(BaseModel):
     stop: list[str] = []
     sampling: Sampling = Sampling()
     stream: bool = False
+    conditions: Conditions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     response_format: dict[str, Any] | None = None
@@ -112,6 +129,7 @@ class CompletionSpec(BaseModel):
     stop: list[str] = []
     sampling: Sampling = Sampling()
     stream: bool = False
+    conditions: Conditions | None = None
     echo: bool = False
     kobold: dict[str, Any] | None = None
 
@@ -126,6 +144,7 @@ class EmbeddingSpec(BaseModel):
     input: list[str | list[int]]
     max_tokens: int = 0
     stream: bool = False
+    conditions: Conditions | None = None
 
 
 class ImageSpec(BaseModel):
@@ -148,6 +167,7 @@ class ImageSpec(BaseModel):
     response_format: Literal["url", "b64_json"] | None = None
     max_tokens: int = 0
     stream: bool = False
+    conditions: Conditions | None = None
 
 
 class ImageEditSpec(BaseModel):
@@ -171,6 +191,7 @@ class ImageEditSpec(BaseModel):
     response_format: Literal["url", "b64_json"] | None = None
     max_tokens: int = 0
     stream: bool = False
+    conditions: Conditions | None = None
 
 
 JobSpec = Annotated[

@@ -28,6 +28,7 @@ STATUSES: dict[str, tuple[int, str]] = {
     "no_such_job": (404, "There is no such job."),
     "not_found": (404, "There is no such thing."),
     "method_not_allowed": (405, "The path exists, but not for this method."),
+    "timeout": (408, "The answer took longer than the `timeout` of the request; refunded."),
     "idempotency_conflict": (409, "The Idempotency-Key was used for another request."),
     "job_not_waiting": (409, "Only a waiting job can be bumped."),
     "job_not_ended": (409, "A job has its receipt when it has ended."),

@@ -46,7 +46,7 @@ def error_body(problem: Problem, extra: dict[str, Any] | None = None) -> dict[st
 def job_problem(outcome: Outcome, job_id: str) -> Problem:
     """The error of a job that ended without an answer."""
     code = outcome.end_reason
-    if code not in ("max_wait", "cancelled", "prompt_too_long", "bad_request"):
+    if code not in ("max_wait", "cancelled", "prompt_too_long", "bad_request", "timeout"):
         code = "cancelled" if outcome.state is State.CANCELLED else "job_failed"
     return Problem(
         code,

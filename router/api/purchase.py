@@ -73,7 +73,8 @@ class Purchase:
 
 def parse(core: Core, request: Request, kind: Kind, body: Any) -> requests.Request:
     """A checked request with the terms of its headers."""
-    return requests.parse(kind, body, core.limits, terms(core, request))
+    wanted = requests.parse(kind, body, core.limits, terms(core, request))
+    return requests.renamed(wanted, lambda model: core.models.name_of(kind, model))
 
 
 def terms(core: Core, request: Request) -> Terms:
