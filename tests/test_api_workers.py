@@ -241,7 +241,7 @@ async def test_detail_shows_what_workers_are_and_never_who(router: Rig):
         assert shown == [
             {
                 "worker_version": None,
-                "capabilities": ["text"],
+                "capabilities": ["llama-infer"],
                 "gpu_cnt": 0,
                 "perf": None,
                 "cnt": 0,
