@@ -17,6 +17,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
 from billing.l402 import MasterSecrets
@@ -119,7 +120,8 @@ def create_app(
             if settings.simulated:
                 await app.state.simulated_http.aclose()
 
-    app = FastAPI(
+    app = _App(
+        settings.max_body_bytes,
         title="Satherd",
         version=info.software_version(),
         description="A Lightning-paid marketplace for LLM inference.",
@@ -154,12 +156,21 @@ def create_app(
     if settings.simulated:
         app.include_router(simulated.router)
     app.add_exception_handler(HTTPException, no_such_door)
-    # The last to be added is the first to be met.
-    app.add_middleware(Shortcut, handlers=openai.HANDLERS)
-    app.add_middleware(PaymentReceipt)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Cors)
     return app
+
+
+class _App(FastAPI):
+    """The framework, behind what every request passes and a shortcut past it."""
+
+    def __init__(self, max_body_bytes: int, **about: Any) -> None:
+        super().__init__(**about)
+        self._max_body_bytes = max_body_bytes
+
+    def build_middleware_stack(self) -> ASGIApp:
+        # Outside of the framework's own layers: each of them would wrap every token that is sent.
+        shortcut = Shortcut(super().build_middleware_stack(), handlers=openai.HANDLERS)
+        paid = PaymentReceipt(shortcut)
+        return Cors(BodyLimit(paid, max_bytes=self._max_body_bytes))
 
 
 @asynccontextmanager

@@ -224,6 +224,14 @@ class BatchingWriter:
         # A caller that goes away cancels only this future: the row stays, and is written.
         return await future
 
+    async def write_all(self, kind: str, rows: Sequence[Any]) -> list[Any]:
+        """Run many writes of one kind, as `write` does each; an error stands in its row's place."""
+        loop = asyncio.get_running_loop()
+        futures = [loop.create_future() for _ in rows]
+        self._waiting[kind] += zip(rows, futures, strict=True)
+        self._some.set()
+        return await asyncio.gather(*futures, return_exceptions=True)
+
     async def _run(self) -> None:
         while True:
             await self._some.wait()

@@ -195,9 +195,13 @@ class Dispatcher:
         pairs = match(candidates, self._fleet, self._commission_ppm())
         if not pairs:
             return False
-        results = await asyncio.gather(
-            *(self._claim(candidate, worker) for candidate, worker in pairs)
-        )
+        results = await self._claim(pairs)
+        for (_, worker), result in zip(pairs, results, strict=True):
+            if isinstance(result, Claimed):
+                self._assign(result, worker)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
         # Whoever lost all races looks again at once: the queue is not empty, only contested.
         return any(results) or len(candidates) >= most
 
@@ -231,35 +235,39 @@ class Dispatcher:
             if not fitting:
                 return None
             for candidate in fitting:
-                claimed = await self._claimed(candidate, worker)
-                if claimed is not None:
-                    return claimed
+                (result,) = await self._claim([(candidate, worker)])
+                if isinstance(result, BaseException):
+                    raise result
+                if result is not None:
+                    return result
             # Others were faster at every one of these; there may be more.
         return None
 
-    async def _claim(self, candidate: Candidate, worker: Worker) -> bool:
-        claimed = await self._claimed(candidate, worker)
-        if claimed is not None:
-            self._assign(claimed, worker)
-        return claimed is not None
-
-    async def _claimed(self, candidate: Candidate, worker: Worker) -> Claimed | None:
-        worker.busy.add(candidate.job_id)
-        claim = Claim(
-            candidate.job_id,
-            worker.id,
-            self._router_id,
-            self._commission_ppm(),
-            self._clock() + self._lease,
-            worker.model_for(candidate.lane),
-        )
+    async def _claim(
+        self, pairs: Sequence[tuple[Candidate, Worker]]
+    ) -> Sequence[Claimed | BaseException | None]:
+        """Claim each job for its worker; None where somebody else was faster."""
+        ends_at = self._clock() + self._lease
+        claims = []
+        for candidate, worker in pairs:
+            worker.busy.add(candidate.job_id)
+            claims.append(
+                Claim(
+                    candidate.job_id,
+                    worker.id,
+                    self._router_id,
+                    self._commission_ppm(),
+                    ends_at,
+                    worker.model_for(candidate.lane),
+                )
+            )
+        results: Sequence[Claimed | BaseException | None] = [None] * len(pairs)
         try:
-            claimed: Claimed | None = await self._writer.write("claim", claim)
-        except BaseException:
-            worker.busy.discard(candidate.job_id)
-            raise
-        if claimed is None:
-            worker.busy.discard(candidate.job_id)
-        else:
-            worker.remember(candidate.prefix)
-        return claimed
+            results = await self._writer.write_all("claim", claims)
+        finally:
+            for (candidate, worker), result in zip(pairs, results, strict=True):
+                if isinstance(result, Claimed):
+                    worker.remember(candidate.prefix)
+                else:
+                    worker.busy.discard(candidate.job_id)
+        return results

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, NamedTuple
 
 from router.database import DatabaseUnavailable
 from router.errors import AnswerDelayed, JobWiped
@@ -28,8 +27,7 @@ PLACE_LATER_S = 0.5
 COMMIT_PATIENCE_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One of the events above. `seq` is the reader's place after it."""
 
     kind: str
@@ -75,87 +73,122 @@ async def until_output(jobs: Jobs, stream: JobStream, *, within_s: float) -> Non
 
     Raises AnswerDelayed. What it has said does not count as shown: nobody has been given it.
     """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + within_s
+    # Cheaper than a time-out of asyncio's, which most of these waits would set up for nothing.
+    timer = loop.call_at(until, stream.wake)
     try:
-        async with asyncio.timeout(within_s):
-            while not stream.pieces and stream.outcome is None:
-                _refuse_long_wait(jobs, stream)
-                await stream.changed()
-    except TimeoutError:
-        return
+        while not stream.pieces and stream.outcome is None and loop.time() < until:
+            _refuse_long_wait(jobs, stream)
+            await stream.changed()
+    finally:
+        timer.cancel()
 
 
 async def follow(
     jobs: Jobs, job_id: str, *, after_seq: int | None = None, place_at_once: bool = False
 ) -> AsyncGenerator[Event | None, None]:
-    """The events of a job from a reader's place on, until `done`.
+    """The events of a job from a reader's place on, until `done`. Raises as `read` and `next` do."""
+    reader = await read(jobs, job_id, after_seq=after_seq, place_at_once=place_at_once)
+    try:
+        while not reader.ended:
+            for event in await reader.next():
+                yield event
+    finally:
+        reader.close()
+
+
+async def read(
+    jobs: Jobs, job_id: str, *, after_seq: int | None = None, place_at_once: bool = False
+) -> Reader:
+    """A reader at a place in a job, counted until it is closed.
 
     `place_at_once`: the first `position` comes with the first event; otherwise only to a reader
-    that has waited a moment, since most jobs never wait. Raises NoSuchJob, JobWiped before the
-    first event, and AnswerDelayed in the place of `done`.
+    that has waited a moment, since most jobs never wait. Raises NoSuchJob, JobWiped.
     """
     attempt_had, characters_had = place(after_seq)
     stream = jobs.hub.get(job_id)
+    stored: list[Event] = []
     if stream is None:
         stream, row = await _attach(jobs, job_id)
         if stream is None:
-            for event in _stored(row, attempt_had, characters_had):
-                yield event
-            return
-    stream.readers += 1
-    try:
-        reader = _Reader(jobs, stream, attempt_had, characters_had, place_at_once)
-        async for event in reader.events():
-            yield event
-    finally:
-        leave(jobs, stream)
+            stored = _stored(row, attempt_had, characters_had)
+    return Reader(jobs, stream, stored, attempt_had, characters_had, place_at_once)
 
 
-class _Reader:
-    """One reader's place in a stream in memory."""
+class Reader:
+    """One reader's place in a job: in a stream in memory, or before the events of a stored answer."""
 
     def __init__(
-        self, jobs: Jobs, stream: JobStream, attempt: int, characters: int, place_at_once: bool
+        self,
+        jobs: Jobs,
+        stream: JobStream | None,
+        stored: list[Event],
+        attempt: int,
+        characters: int,
+        place_at_once: bool,
     ) -> None:
         self._jobs = jobs
         self._stream = stream
+        self._stored = stored
         self._attempt = attempt
         self._index = 0
         self._characters = characters
         self._version = -1
         self._place: dict[str, Any] | None = None
         self._look_at = time.monotonic() + (0 if place_at_once else PLACE_LATER_S)
-        if attempt != stream.attempt:
-            self._characters = 0
+        self.ended = False
+        if stream is not None:
+            stream.readers += 1
+            if attempt != stream.attempt:
+                self._characters = 0
 
-    async def events(self) -> AsyncIterator[Event | None]:
+    def close(self) -> None:
+        """Be a reader no more. Twice is harmless."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            leave(self._jobs, stream)
+
+    async def next(self) -> Sequence[Event | None]:
+        """What has happened since the last time, at least one event; `ended` after the last.
+
+        Raises AnswerDelayed in the place of `done`.
+        """
         stream = self._stream
+        if stream is None:
+            self.ended = True
+            return self._stored
         while True:
-            if self._version != stream.version:
-                self._version = stream.version
-                if self._attempt != stream.attempt:
-                    self._attempt, self._characters = stream.attempt, 0
-                self._index = 0
-                data = {"state": stream.state.value, "attempt": stream.attempt}
-                yield Event("state", self._seq(), data)
-            for event in self._chunks():
-                yield event
-            if stream.outcome is not None:
-                yield Event("done", self._seq(), {}, stream.outcome)
-                return
+            if events := self._news(stream):
+                return events
             if stream.state is State.QUEUED:
-                event = await self._position()
+                event = await self._position(stream)
                 if event is not None:
-                    yield event
+                    return [event]
+                if self._has_news(stream):
                     continue
-            if self._has_news():
-                continue
             _refuse_long_wait(self._jobs, stream)
             await stream.changed()
-            if not self._has_news():
-                yield None
+            if not self._has_news(stream):
+                return _NOTHING
 
-    def _has_news(self) -> bool:
-        stream = self._stream
+    def _news(self, stream: JobStream) -> list[Event]:
+        events = []
+        if self._version != stream.version:
+            self._version = stream.version
+            if self._attempt != stream.attempt:
+                self._attempt, self._characters = stream.attempt, 0
+            self._index = 0
+            data = {"state": stream.state.value, "attempt": stream.attempt}
+            events.append(Event("state", self._seq(), data))
+        if self._index < len(stream.pieces):
+            events += self._chunks(stream)
+        if stream.outcome is not None:
+            events.append(Event("done", self._seq(), {}, stream.outcome))
+            self.ended = True
+        return events
+
+    def _has_news(self, stream: JobStream) -> bool:
         return (
             self._version != stream.version
             or self._index < len(stream.pieces)
@@ -165,14 +198,11 @@ class _Reader:
     def _seq(self) -> int:
         return seq_of(self._attempt, self._characters)
 
-    def _chunks(self) -> list[Event]:
-        pieces = self._stream.pieces
-        if self._index >= len(pieces):
-            return []
-        new = pieces_after(pieces[self._index :], self._characters)
-        self._index = len(pieces)
+    def _chunks(self, stream: JobStream) -> list[Event]:
+        new = pieces_after(stream.pieces[self._index :], self._characters)
+        self._index = len(stream.pieces)
         # Only a stream that somebody reads has been shown: the charge of a lost job depends on it.
-        self._stream.shown = True
+        stream.shown = True
         return [self._event(piece) for piece in _joined(new)]
 
     def _event(self, piece: Piece) -> Event:
@@ -180,13 +210,13 @@ class _Reader:
         data = {"text": piece.text} if piece.delta is None else {"delta": piece.delta}
         return Event("chunk", self._seq(), data)
 
-    async def _position(self) -> Event | None:
+    async def _position(self, stream: JobStream) -> Event | None:
         now = time.monotonic()
         if now < self._look_at:
             return None
         self._look_at = now + PLACE_EVERY_S
         try:
-            row = await self._jobs.row(self._stream.job_id)
+            row = await self._jobs.row(stream.job_id)
             if row["state"] != State.QUEUED:
                 return None
             place_now = (await self._jobs.place(row)).as_json()
@@ -196,6 +226,9 @@ class _Reader:
             return None
         self._place = place_now
         return Event("position", self._seq(), place_now)
+
+
+_NOTHING = (None,)
 
 
 def _refuse_long_wait(jobs: Jobs, stream: JobStream) -> None:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from router.job_states import State
 from router.job_views import Outcome
@@ -23,8 +22,7 @@ from router.job_views import Outcome
 ATTEMPT_STEP = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of the answer that starts at `start`; exactly one of text and delta is given."""
 
     start: int
@@ -202,6 +200,8 @@ def seq_of(attempt: int, characters: int) -> int:
 
 def pieces_after(pieces: list[Piece], characters: int) -> list[Piece]:
     """What comes after the first `characters`, with the first piece cut where it must be."""
+    if pieces and pieces[0].start >= characters:
+        return pieces
     rest = [piece for piece in pieces if piece.end > characters]
     if rest and rest[0].start < characters and rest[0].delta is None:
         cut = characters - rest[0].start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from router import following, requests
@@ -27,7 +27,7 @@ from router.results import answer_id
 FIRST_OUTPUT_S = 1.0
 DONE = b"data: [DONE]\n\n"
 
-Told = tuple[int, Event | None]
+Told = tuple[int, Sequence[Event | None]]
 
 
 class AnswerStream:
@@ -76,18 +76,11 @@ class AnswerStream:
         """The body of the answer; what is said at one moment goes out together."""
         try:
             writer = _Writer(self._wanted, self._bought)
-            if len(self._bought.job_ids) == 1:
-                only = following.follow(self._core.jobs, self._bought.job_ids[0])
-                async with aclosing(only):
-                    async for event in only:
-                        if said := writer.write(0, event):
-                            yield said
-            else:
-                all_of_them = _several(self._core, self._bought.job_ids)
-                async with aclosing(all_of_them):
-                    async for index, event in all_of_them:
-                        if said := writer.write(index, event):
-                            yield said
+            told = _one if len(self._bought.job_ids) == 1 else _several
+            async with aclosing(told(self._core, self._bought.job_ids)) as all_of_them:
+                async for index, events in all_of_them:
+                    if said := writer.write(index, events):
+                        yield said
         except AnswerLost as error:
             yield sse.data(shapes.error_body(problem_of(error)))
             # Whoever cannot come back for the new answer does not pay for it.
@@ -121,12 +114,14 @@ class _Writer:
             for index, item in enumerate(wanted.items)
         ]
 
-    def write(self, index: int, event: Event | None) -> bytes:
-        """What an event of a job adds to the body; with the last job's end, the closing."""
-        said = self._said(index, event)
-        ends = event is not None and event.outcome is not None
+    def write(self, index: int, events: Sequence[Event | None]) -> bytes:
+        """What events of a job add to the body; with the last job's end, the closing."""
+        said = []
+        for event in events:
+            said += self._said(index, event)
+        ends = events[-1] is not None and events[-1].outcome is not None
         if ends and len(self._ended) == len(self._job_ids):
-            said += self._closing()
+            return sse.Last(b"".join([*said, *self._closing()]))
         return b"".join(said)
 
     def _said(self, index: int, event: Event | None) -> list[bytes]:
@@ -192,14 +187,24 @@ class _Writer:
         return [self._choices[0].usage(only or shapes.total_usage(jobs)), DONE]
 
 
+async def _one(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told, None]:
+    """The events of a job, as they come."""
+    reader = await following.read(core.jobs, job_ids[0])
+    try:
+        while not reader.ended:
+            yield 0, await reader.next()
+    finally:
+        reader.close()
+
+
 async def _several(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told, None]:
     """The events of several jobs, as they come."""
     queue: asyncio.Queue[Told | Exception | None] = asyncio.Queue()
 
     async def read(index: int, job_id: str) -> None:
         try:
-            async for event in following.follow(core.jobs, job_id):
-                queue.put_nowait((index, event))
+            async for _, events in _one(core, (job_id,)):
+                queue.put_nowait((index, events))
         except Exception as error:
             queue.put_nowait(error)
         queue.put_nowait(None)

@@ -29,6 +29,10 @@ def comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
+class Last(bytes):
+    """The last chunk of a stream: it goes out together with the end."""
+
+
 class EventStream(StreamingResponse):
     """An answer that streams events. `on_gone` is called when the client leaves before the end.
 
@@ -83,9 +87,11 @@ class EventStream(StreamingResponse):
                 }
             )
             async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                finished = type(chunk) is Last
+                await send({"type": "http.response.body", "body": chunk, "more_body": not finished})
+            if not finished:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             finished = True
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if not finished and self._on_gone is not None:
                 self._on_gone()
