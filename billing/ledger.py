@@ -96,19 +96,24 @@ _LOCK = """
 select account, balance_msat from ledger_balances where account = any($1::text[])
 order by account for update"""
 
-_CREDIT = """
-insert into ledger_balances (account, balance_msat)
-select * from unnest($1::text[], $2::bigint[])
-on conflict (account) do update
-    set balance_msat = ledger_balances.balance_msat + excluded.balance_msat"""
-
-_DEBIT = """
-update ledger_balances b set balance_msat = b.balance_msat - t.amount_msat
-from unnest($1::text[], $2::bigint[]) t(account, amount_msat)
-where b.account = t.account"""
-
-# An escrow lives as long as its job: its row goes when it is empty, its transfers stay.
-_CLOSE = "delete from ledger_balances where account = any($1::text[]) and balance_msat = 0"
+# An escrow lives as long as its job: its row goes when it is empty, its transfers stay. The rows that
+# are lowered are locked by now, so that what is empty here will be empty when this is committed.
+_CHANGE = """
+with raised as (
+    insert into ledger_balances (account, balance_msat)
+    select * from unnest($1::text[], $2::bigint[])
+    on conflict (account) do update
+        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat),
+given as (
+    select * from unnest($3::text[], $4::bigint[]) t(account, amount_msat)),
+emptied as (
+    delete from ledger_balances b using given g
+    where b.account = g.account and b.balance_msat = g.amount_msat
+        and b.account like 'liabilities:escrow:%')
+update ledger_balances b set balance_msat = b.balance_msat - g.amount_msat
+from given g
+where b.account = g.account
+    and not (b.balance_msat = g.amount_msat and b.account like 'liabilities:escrow:%')"""
 
 
 async def post(connection: Any, transfers: Sequence[Transfer]) -> set[str]:
@@ -151,13 +156,14 @@ async def _move(connection: Any, transfers: Iterable[Transfer]) -> None:
         for name in lowered:
             if held.get(name, 0) + change[name] < 0:
                 raise InsufficientFunds(name, -change[name], held.get(name, 0))
-    if raised:
-        await connection.execute(_CREDIT, raised, [change[n] for n in raised])
-    if lowered:
-        await connection.execute(_DEBIT, lowered, [-change[n] for n in lowered])
-        escrows = [n for n in lowered if n.startswith("liabilities:escrow:")]
-        if escrows:
-            await connection.execute(_CLOSE, escrows)
+    if names:
+        await connection.execute(
+            _CHANGE,
+            raised,
+            [change[n] for n in raised],
+            lowered,
+            [-change[n] for n in lowered],
+        )
 
 
 async def lock_balances(connection: Any, accounts: Iterable[str]) -> dict[str, int]:

@@ -133,7 +133,7 @@ class Attempts:
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
         self._market.touch()
         self.on_started(claimed)
-        log.info(
+        log.debug(
             "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
         )
         return running
@@ -431,10 +431,11 @@ class Attempts:
         self._supersede(job_id)
         self._market.touch()
         log.info(
-            "job ended job=%s state=%s reason=%s charged_msat=%d refunded_msat=%d",
+            "job ended job=%s state=%s reason=%s worker=%s charged_msat=%d refunded_msat=%d",
             job_id,
             outcome.state.value,
             outcome.end_reason,
+            outcome.worker_id,
             outcome.charged_msat,
             outcome.refunded_msat,
         )

@@ -54,25 +54,34 @@ from claimed"""
 
 
 _END = """
-update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
-    charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,
-    first_token_at = coalesce(t.first_token_at, j.first_token_at),
-    answer_hash = t.answer_hash, wipe_at = now() + make_interval(secs => $11)
-from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[],
-    $8::text[], $9::timestamptz[], $10::bytea[])
-    t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
-        answer_hash)
-where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
-    and (t.attempt is null or j.attempt = t.attempt)
-returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
-    j.seq, j.webhook, j.ended_at"""
+with given as (
+    select * from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[],
+        $7::text[], $8::text[], $9::timestamptz[], $10::bytea[], $12::text[], $13::text[],
+        $14::text[], $15::bigint[])
+        t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
+            answer_hash, outcome, blame, error, tokens)),
+ended as (
+    update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
+        charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,
+        first_token_at = coalesce(t.first_token_at, j.first_token_at),
+        answer_hash = t.answer_hash, wipe_at = now() + make_interval(secs => $11)
+    from given t
+    where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
+        and (t.attempt is null or j.attempt = t.attempt)
+    returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
+        j.seq, j.webhook, j.ended_at),
+tried as (
+    update attempts a set ended_at = now(), outcome = t.outcome, blame = t.blame, error = t.error,
+        tokens = t.tokens
+    from ended e join given t on t.id = e.id
+    where a.job_id = e.id and a.n = e.attempt and a.ended_at is null)
+select * from ended"""
 
 
 _END_ATTEMPTS = """
-update attempts a set ended_at = now(), outcome = t.outcome, blame = t.blame, error = t.error,
-    tokens = t.tokens
-from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[])
-    t(job_id, n, outcome, blame, error, tokens)
+update attempts a set ended_at = now(), outcome = t.outcome, blame = t.blame, error = t.error
+from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[])
+    t(job_id, n, outcome, blame, error)
 where a.job_id = t.job_id and a.n = t.n and a.ended_at is null"""
 
 
@@ -168,6 +177,10 @@ async def _end_round(
         [row.first_token_at for row in rows],
         [row.answer_hash for row in rows],
         float(wipe_after_s),
+        [row.outcome or row.end_reason for row in rows],
+        [row.blame for row in rows],
+        [row.error for row in rows],
+        [row.tokens for row in rows],
     )
     moved = {r["id"]: r for r in ended}
     done = [(row, moved.get(row.job_id)) for row in rows]
@@ -230,17 +243,11 @@ def _settle(row: Ending, now: Any) -> list[Transfer]:
 
 
 async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """Bring what hangs on ended jobs in line: queue, attempts, chunks, webhooks, limits of keys."""
+    """Bring what hangs on ended jobs in line: queue, blame, chunks, webhooks, limits of keys."""
     waited = [row.job_id for row, _ in happened if row.event in (Event.CANCEL, Event.EXPIRE)]
     if waited:
         await job_queue.remove(connection, waited)
-    tried = [
-        (r.job_id, now["attempt"], r.outcome or r.end_reason, r.blame, r.error, r.tokens)
-        for r, now in happened
-        if now["attempt"] > 0
-    ]
-    if tried:
-        await _end_attempts(connection, tried)
+    await _shift_blame(connection, [(r.job_id, now["attempt"], r.blame) for r, now in happened])
     said = [row.job_id for row, _ in happened if row.had_chunks]
     if said:
         await connection.execute("delete from job_chunks where job_id = any($1::text[])", said)
@@ -286,17 +293,22 @@ async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
                 for lane in (r.lane, *r.more_lanes)
             ],
         )
-        await _end_attempts(
-            connection, [(r.job_id, r.attempt, r.outcome, r.blame, r.error, None) for r in back]
+        await connection.execute(
+            _END_ATTEMPTS,
+            [r.job_id for r in back],
+            [r.attempt for r in back],
+            [r.outcome for r in back],
+            [r.blame for r in back],
+            [r.error for r in back],
         )
+        await _shift_blame(connection, [(r.job_id, r.attempt, r.blame) for r in back])
         await connection.execute(
             "delete from job_chunks where job_id = any($1::text[])", [r.job_id for r in back]
         )
     return [row.job_id in moved for row in rows]
 
 
-async def _end_attempts(connection: Any, rows: Sequence[tuple]) -> None:
-    await connection.execute(_END_ATTEMPTS, *(list(column) for column in zip(*rows, strict=True)))
-    shifted = [job_id for job_id, n, _, blame, *_ in rows if blame == "job" and n > 1]
+async def _shift_blame(connection: Any, ended: Sequence[tuple[str, int, str | None]]) -> None:
+    shifted = [job_id for job_id, n, blame in ended if blame == "job" and n > 1]
     if shifted:
         await connection.execute(SHIFT_BLAME, shifted)

@@ -93,7 +93,7 @@ class Jobs:
                     self.hub.drop(job.id)
         assert submitted is not None
         if not submitted.repeated:
-            log.info("jobs queued quote=%s jobs=%s", quote.id, " ".join(j.id for j in quote.jobs))
+            log.debug("jobs queued quote=%s jobs=%d", quote.id, len(quote.jobs))
             self._market.touch()
             self._attempts.on_work()
         return submitted

@@ -38,7 +38,7 @@ def prompt_tokens(request: Mapping[str, Any], *, image_prompt_tokens: int) -> in
 
 
 def _message(message: Any) -> tuple[int, int]:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, (dict, Mapping)):
         return 0, 0
     text_bytes, images = 0, 0
     content = message.get("content")
@@ -48,7 +48,7 @@ def _message(message: Any) -> tuple[int, int]:
         for part in content:
             if isinstance(part, str):
                 text_bytes += _utf8(part)
-            elif isinstance(part, Mapping):
+            elif isinstance(part, (dict, Mapping)):
                 if isinstance(part.get("text"), str):
                     text_bytes += _utf8(part["text"])
                 elif "image_url" in part or part.get("type") in ("image", "input_image"):

@@ -283,11 +283,11 @@ def _chat(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
 
 
 def _check_message(message: Any) -> None:
-    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+    if not isinstance(message, (dict, Mapping)) or message.get("role") not in _ROLES:
         raise BadRequest("each message needs a role: system, user or assistant", param="messages")
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, Mapping | str) for part in content):
+        if not all(isinstance(part, (str, dict, Mapping)) for part in content):
             raise BadRequest("content parts must be objects", param="messages")
     elif content is not None and not isinstance(content, str):
         raise BadRequest("content must be text or a list of parts", param="messages")
@@ -300,7 +300,7 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 
 def _part_says_something(part: Any) -> bool:
-    if isinstance(part, Mapping):
+    if isinstance(part, (dict, Mapping)):
         # Anything but text, an image for instance, is something.
         return bool(part.get("text")) or part.get("type", "text") != "text"
     return bool(part)

@@ -61,7 +61,7 @@ async def _happen(connection: Any, event: Event, job_id: str) -> bool:
     if event is Event.PAY:
         # The quote has a guard of its own; here it is opened so that only the job's is left.
         await connection.execute("update quotes set state = 'open' where id = $1", row["quote_id"])
-        started = await job_submits.start_quote(connection, row["quote_id"], lanes={job_id: LANE})
+        started = await job_submits.start_quote(connection, row["quote_id"], lanes={job_id: [LANE]})
         return job_id in started
     if event is Event.CLAIM:
         return await claim(connection, job_id) is not None
