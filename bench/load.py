@@ -309,3 +309,14 @@ async def workers(
         for socket in sockets:
             await socket.close()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def silent_worker(worker_url: str, *, slots: int) -> AsyncIterator[None]:
+    """A worker that takes what it is given and never says a word of it."""
+    async with connect(worker_url, max_size=None, compression=None) as socket:
+        await socket.send(registration(slots=slots))
+        answer = orjson.loads(await socket.recv())
+        if answer["type"] != "registered":
+            raise RuntimeError(f"a worker was refused: {answer}")
+        yield

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import claim, idle_workers, l402_jobs, paid_jobs, streamed_tokens
+from bench import claim, idle_workers, l402_jobs, overload, paid_jobs, streamed_tokens
 from bench.figures import Options, Report, run
 
-BENCHES = (paid_jobs, streamed_tokens, l402_jobs, claim, idle_workers)
+BENCHES = (paid_jobs, streamed_tokens, l402_jobs, claim, idle_workers, overload)
 
 
 async def measure(options: Options) -> Sequence[Report]:

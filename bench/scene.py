@@ -124,7 +124,9 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(*, throw_away: bool, pin: bool = True) -> AsyncIterator[Scene]:
+async def scene(
+    *, throw_away: bool, pin: bool = True, more_settings: dict[str, str] | None = None
+) -> AsyncIterator[Scene]:
     """Start everything, yield, stop everything. `throw_away`: a PostgreSQL that does not fsync."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     async with AsyncExitStack() as stack:
@@ -148,6 +150,7 @@ async def scene(*, throw_away: bool, pin: bool = True) -> AsyncIterator[Scene]:
             # The limits count as usual; they are only too high to be met.
             "SATHERD_JOBS_PER_MINUTE": _UNLIMITED,
             "SATHERD_INVOICES_PER_MINUTE": _UNLIMITED,
+            **(more_settings or {}),
         }
         log_path = folder / "router.log"
         router, url = await _child(["cli.main", "router"], settings, log_path, router_cores)

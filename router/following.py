@@ -23,6 +23,9 @@ from router.jobs import Jobs
 
 PLACE_EVERY_S = 2.0
 PLACE_LATER_S = 0.5
+# How long a waiting reader believes what it has read of its job; a bump here is told at once, one at
+# another router, or one that an invoice paid for, is seen after so long.
+ROW_LASTS_S = 6.0
 # How long a reader who has seen the whole answer waits for the database to take it.
 COMMIT_PATIENCE_S = 30.0
 
@@ -136,6 +139,9 @@ class Reader:
         self._characters = characters
         self._version = -1
         self._place: dict[str, Any] | None = None
+        self._row: Any = None
+        self._row_until = 0.0
+        self._reprices = 0
         self._look_at = time.monotonic() + (0 if place_at_once else PLACE_LATER_S)
         self.ended = False
         if stream is not None:
@@ -216,8 +222,14 @@ class Reader:
             return None
         self._look_at = now + PLACE_EVERY_S
         try:
-            row = await self._jobs.row(stream.job_id)
+            row = self._row
+            # What a place depends on changes with a bump only, and thousands may be waiting.
+            if row is None or now > self._row_until or self._reprices != stream.reprices:
+                self._reprices = stream.reprices
+                self._row = row = await self._jobs.row(stream.job_id)
+                self._row_until = now + ROW_LASTS_S
             if row["state"] != State.QUEUED:
+                self._row = None
                 return None
             place_now = (await self._jobs.place(row)).as_json()
         except DatabaseUnavailable:

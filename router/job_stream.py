@@ -48,6 +48,7 @@ class JobStream:
         "outcome",
         "pieces",
         "readers",
+        "reprices",
         "shown",
         "shown_kept",
         "state",
@@ -65,6 +66,7 @@ class JobStream:
         self.deltas = 0
         self.kept = 0  # how many pieces are in the database
         self.readers = 0
+        self.reprices = 0  # how often its multiplier was raised while it waited
         self.shown = False  # whether anybody has been given output of this attempt
         self.shown_kept = False  # the same, as the database has it
         self.ending_since: float | None = None  # since when its ending waits for the database

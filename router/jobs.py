@@ -281,6 +281,9 @@ class Jobs:
         )
         self._market.touch()
         self._attempts.on_work()
+        stream = self.hub.get(job_id)
+        if stream is not None:
+            stream.reprices += 1
         return await self.view(row)
 
     async def bump_in(self, connection: Any, job_id: str, offer_msat: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,11 @@ MAX_FRAME_BYTES = 64 << 20
 STREAMS_END_S = 30
 # Of a request without its body; credentials of several kilobytes fit many times over.
 MAX_HEAD_BYTES = 64 << 10
+# How long a client may leave a full buffer (64 KiB) unread. What it does not read stays in memory.
+SLOW_READER_S = 60.0
+
+
+log = logging.getLogger(__name__)
 
 
 class RouterServer:
@@ -38,7 +44,7 @@ class RouterServer:
                 app,
                 # Entered by ourselves: uvicorn logs what goes wrong in it, and ends the process.
                 lifespan="off",
-                http=_BoundedHeads,
+                http=_Patient,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 ws_max_size=MAX_FRAME_BYTES,
@@ -87,12 +93,39 @@ class RouterServer:
             await self._lifespan.__aexit__(None, None, None)
 
 
-class _BoundedHeads(HttpToolsProtocol):
-    """Refuses a head that does not end: the parser joins its pieces, and copies all of it for each."""
+class _Patient(HttpToolsProtocol):
+    """A connection that is not endlessly patient with its client.
+
+    It refuses a head that does not end: the parser joins its pieces, and copies all of it for each.
+    It cuts a client that does not read what it is sent.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
+        self._full: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._full = self.loop.call_later(SLOW_READER_S, self._cut)
+
+    def resume_writing(self) -> None:
+        self._readable()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._readable()
+        super().connection_lost(exc)
+
+    def _readable(self) -> None:
+        if self._full is not None:
+            self._full.cancel()
+            self._full = None
+
+    def _cut(self) -> None:
+        # Not closed: that would wait for the client to read the rest.
+        log.info("client cut off: it has not read for %.0f s", SLOW_READER_S)
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)

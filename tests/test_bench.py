@@ -10,7 +10,15 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from bench import claim, figures, idle_workers, l402_jobs, paid_jobs, streamed_tokens
+from bench import (
+    claim,
+    figures,
+    idle_workers,
+    l402_jobs,
+    overload,
+    paid_jobs,
+    streamed_tokens,
+)
 from bench.figures import Options, Report
 from bench.scene import Scene, scene
 from router.database import Database
@@ -58,6 +66,17 @@ async def test_idle_workers_take_memory(stage: Scene):
     row = await idle_workers.idle_workers(stage, 20, rest_s=0.3)
     assert row["workers"] == 20 and row["registered/s"] > 0
     assert row["KiB each"] < 10_000
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_an_overload_loses_nothing_and_is_over_when_nobody_comes_any_more():
+    """Slow readers and a silent worker are among them; `overload` raises when anything is lost."""
+    async with scene(throw_away=True, pin=False, more_settings=overload.SETTINGS) as stage:
+        row = await overload.overload(stage, seconds=3.0, max_wait_s=3)
+    assert row["answered"] + row["refunded"] == row["asked"] > 300
+    assert row["answered"] > 0 and row["refunded"] > 0 and row["saw their place"] > 0
+    assert row["MiB most"] < 3 * row["MiB before"]
+    assert row["/info p99 ms"] > 0 and row["admin p99 ms"] > 0
 
 
 async def test_claims_find_what_each_kind_of_worker_can_take(database_url: str):
