@@ -63,7 +63,7 @@ order by t.n
 returning id, multiplier_milli, seq)
 insert into queue (job_id, lane, multiplier_milli, seq)
 select a.id, l.lane, a.multiplier_milli, a.seq
-from added a join unnest($20::text[], $21::text[]) l(job_id, lane) on l.job_id = a.id"""
+from added a join unnest($21::text[], $22::text[]) l(job_id, lane) on l.job_id = a.id"""
 
 
 async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
