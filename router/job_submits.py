@@ -41,7 +41,6 @@ select *, now() from unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5:
 
 
 _ADD_JOBS = """
-with added as (
 insert into jobs (id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
     prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s, attached_to,
     choices, webhook, prefix, run_limit_s, seq, queued_at, wait_ends_at)
@@ -60,10 +59,7 @@ cross join lateral (select
     case when t.state = 'queued' then now() end as queued_at,
     now() + make_interval(secs => t.max_wait_s) as wait_ends_at) n
 order by t.n
-returning id, multiplier_milli, seq)
-insert into queue (job_id, lane, multiplier_milli, seq)
-select a.id, l.lane, a.multiplier_milli, a.seq
-from added a join unnest($21::text[], $22::text[]) l(job_id, lane) on l.job_id = a.id"""
+returning id, seq"""
 
 
 async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
@@ -233,15 +229,18 @@ async def _queue_new(connection: Any, pairs: list[tuple[Submission, NewJob]], st
         )
         for row, job in pairs
     ]
-    queued = [(job.id, lane) for _, job in pairs if state is State.QUEUED for lane in job.lanes]
-    await connection.execute(
-        _ADD_JOBS,
-        *(list(column) for column in zip(*rows, strict=True)),
-        [job_id for job_id, _ in queued],
-        [lane for _, lane in queued],
-    )
+    added = await connection.fetch(_ADD_JOBS, *(list(c) for c in zip(*rows, strict=True)))
     if state is not State.QUEUED:
         return
+    seqs = {r["id"]: r["seq"] for r in added}
+    await job_queue.add(
+        connection,
+        [
+            (job.id, lane, job.multiplier_milli, seqs[job.id])
+            for _, job in pairs
+            for lane in job.lanes
+        ],
+    )
     await ledger.post(
         connection, [_hold(row.account_id, job.id, job.offer_msat) for row, job in pairs]
     )
