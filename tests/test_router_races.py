@@ -326,7 +326,7 @@ async def test_a_job_that_is_cancelled_between_claim_and_assignment_is_stopped(r
         cancelling = asyncio.create_task(router.core.jobs.cancel(job_id))
         await asyncio.create_task(start())
         outcome = await cancelling
-        assert outcome.state == "cancelled" and outcome.charged_msat == 0
+        assert outcome is not None and outcome.state == "cancelled" and outcome.charged_msat == 0
         await worker.job()
         assert (await worker.receive())["type"] == "cancel"
         await worker.finish({"job_id": job_id, "attempt": 1}, "cancelled")
