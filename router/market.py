@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from billing.fees import ONE_MILLI, format_multiplier
-from router import job_queue
+from router import demands, job_queue
 from router.database import Database
 from router.models import Models, mean_service_s
 from router.queue_counts import Drifted, QueueCounts
@@ -153,6 +153,7 @@ class Market:
         able = [w for lane in lanes for w in fleet.draining_lane(lane, multiplier_milli)]
         workers = list({worker.id: worker for worker in able}.values())
         competing = {c for lane in lanes for c in fleet.competing_lanes(lane, multiplier_milli)}
+        competing |= self._unlisted(workers)
         ahead = self._counts.ahead(competing, multiplier_milli, seq)
         return Place(
             position=ahead + 1,
@@ -163,6 +164,18 @@ class Market:
             ),
             servable=bool(workers),
         )
+
+    def _unlisted(self, workers: Sequence[Worker]) -> set[str]:
+        """Lanes that these workers drain though they list them nowhere: of jobs that demand more than
+        a model, and of models that nobody named (decisions 9 and 10)."""
+        open_ones = [worker for worker in workers if worker.offers is not None]
+        found: set[str] = set()
+        for lanes, _ in self._counts.in_lanes():
+            for lane in lanes:
+                able = workers if lane.startswith("@") else open_ones
+                if any(worker.drains(lane) for worker in able):
+                    found.add(lane)
+        return found
 
     def _to_be_next_milli(self, lanes: AbstractSet[str]) -> int:
         dearest = self._counts.dearest(lanes, 1)
@@ -181,9 +194,9 @@ class Market:
             lane
             for lanes, _ in self._counts.in_lanes()
             for lane in lanes
-            if lane.startswith(f"{kind}/") and lane.endswith(f"/{model}")
+            if demands.without(lane).startswith(f"{kind}/") and lane.endswith(f"/{model}")
         }
-        lanes = own.union(*{worker.lanes for worker in workers})
+        lanes = own.union(*{worker.lanes for worker in workers}, self._unlisted(workers))
         total = self._counts.jobs(lanes)
         last = self.last_multiplier_milli.get(model, ONE_MILLI) if total else ONE_MILLI
         return {

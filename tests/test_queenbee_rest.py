@@ -256,6 +256,25 @@ async def test_a_request_too_large_for_every_worker_there_is_refused_beforehand(
         await bee.nothing(0.1)
 
 
+async def test_the_place_of_a_job_counts_all_that_its_workers_would_take_first(router: Rig):
+    """Also jobs for other models that nobody listed, and those that demand something."""
+    payer = await router.bearer()
+    async with workerbee(router, registration_031()) as bee:
+        await post_job(router, payer, model=SMALL)
+        await bee.job()
+        other = "TheBloke/Another-7B:Q4_K_M"
+        await post_job(router, payer, model=other, fee_multiplier=3)
+        await post_job(router, payer, model=SMALL, gpu_filter={"min_version": "0.3.0"})
+        last = await post_job(router, payer, model=SMALL)
+        view = await router.http.get(
+            last["status_url"], headers={"Authorization": f"Bearer {last['token']}"}
+        )
+        assert view.json()["position"] == 3
+        await bee.answer("First.")
+        _, body = await bee.job()
+        assert body["model"] == other
+
+
 async def test_the_numbers_of_workers_name_nobody(router: Rig):
     """QB-R17, QB-R18."""
     key = PrivateKey()

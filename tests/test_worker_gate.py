@@ -112,6 +112,8 @@ async def test_a_worker_that_pulls_is_handed_nothing_and_gets_the_dearest_job_wh
     assert puller.worker.busy == {cheap["id"]}
     puller.assign(claimed)
     assert await router.core.dispatcher.claim_for(puller.worker) is None
-    router.core.attempts.finish(puller.held.pop(), FinishReason.STOP, None, None)
+    running = puller.held.pop()
+    router.core.attempts.said(running, "Hello.", None, 1)
+    router.core.attempts.finish(running, FinishReason.STOP, None, None)
     row = await until_state(router, cheap["id"], "succeeded")
     assert row["worker_id"] == puller.worker.id
