@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from billing import ledger
+from billing import ledger, payout_moves, payout_rows
 from billing.errors import BillingError
 from billing.ledger import Transfer
 from billing.lightning import PaymentState, SentPayment
+from billing.payout_states import AttemptState, PayoutState
 
 LISTED_AT_MOST = 200
 
@@ -49,9 +50,10 @@ class ForeignPayment:
 
 
 async def unknown(connection: Any, sent: Sequence[SentPayment]) -> list[SentPayment]:
-    """Those of a node's payments that no attempt of ours has asked for."""
+    """Those of a node's payments that no attempt of ours has asked for, as far as it remembers."""
     rows = await connection.fetch(
-        "select payment_hash from payout_attempts where payment_hash = any($1::text[])",
+        "select payment_hash from payout_attempts"
+        " where payment_hash = any($1::text[]) and submitted_at is not null",
         [payment.payment_hash for payment in sent],
     )
     ours = {row["payment_hash"] for row in rows}
@@ -131,14 +133,14 @@ async def confirm(
     )
     if row is None:
         raise NoSuchForeignPayment(f"no payment {payment_hash} waits to be confirmed")
-    await book_confirmed(connection)
+    await book_confirmed(connection, now=now)
     found = await connection.fetchrow(
         "select * from foreign_payments where payment_hash = $1", payment_hash
     )
     return _read(found)
 
 
-async def book_confirmed(connection: Any) -> int:
+async def book_confirmed(connection: Any, *, now: datetime) -> int:
     """Book those that are confirmed and have succeeded; how many that were."""
     rows = await connection.fetch(
         "select * from foreign_payments where confirmed_at is not null and state = 'succeeded'"
@@ -147,6 +149,7 @@ async def book_confirmed(connection: Any) -> int:
     for row in rows:
         payment = _read(row)
         assert payment.account is not None
+        await _take_back_planned(connection, payment.account, now)
         held_msat = await _held_msat(connection, payment.account)
         await ledger.post(connection, _transfers(payment, payment.account, held_msat))
         await connection.execute(
@@ -154,6 +157,23 @@ async def book_confirmed(connection: Any) -> int:
             payment.payment_hash,
         )
     return len(rows)
+
+
+async def _take_back_planned(connection: Any, account: str, now: datetime) -> None:
+    """Its planned payouts, which no node was asked for, may be the very ones that this payment was
+    made for after the backup. What it is owed beside the payment is planned anew."""
+    rows = await connection.fetch(
+        "select id from payouts where account = $1 and state = 'planned' order by id", account
+    )
+    for row in rows:
+        payout, attempt = await payout_rows.load(connection, row["id"])
+        if payout.state is not PayoutState.PLANNED:
+            continue
+        if attempt is not None and attempt.state is AttemptState.INVOICED:
+            await payout_moves.abandon(connection, attempt.id, "operator", now=now)
+            attempt = None
+        attempt_id = None if attempt is None else attempt.id
+        await payout_moves.fail(connection, payout, attempt_id, "operator", now=now)
 
 
 async def _held_msat(connection: Any, account: str) -> int | None:

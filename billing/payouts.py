@@ -7,6 +7,7 @@
     payout_sending  an invoice for a payout, and the request to pay it
     payout_resolving    what became of that request
     payout_second_look  before the next one: is what failed still failed?
+    reconciliation, payout_memory, foreign_payments   the node's own history against all of it
     payout_lease    one process at a time
     payout_control  pause, resume, retry, an operator's decision
     payout_records  what doors, pages and metrics read

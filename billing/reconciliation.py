@@ -5,6 +5,8 @@
         none of ours          assets:lightning / liabilities:unassigned
     the node has paid, and no attempt of ours has asked it to
         billing.foreign_payments: nothing is paid out until an operator says whose it was
+    the node has paid, and our own record of it is behind or wrong
+        billing.payout_memory
 
 The second is how a database that was restored from a backup gives itself away: it does not know the
 payouts that were made since. So nothing is paid out before the first comparison since the start.
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from billing import foreign_payments, ledger
+from billing import foreign_payments, ledger, payout_memory
 from billing.invoices import Clock, InvoiceWatcher, Transaction, utc_now
 from billing.lightning import (
     BackendRejected,
@@ -127,7 +129,7 @@ class Reconciler:
         await self._ends()
         held_msat = (await self._backend.balance()).held_msat
         async with self._transaction() as connection:
-            await foreign_payments.book_confirmed(connection)
+            await foreign_payments.book_confirmed(connection, now=now)
             await _mark(connection, _RECONCILED + node.pubkey, now, again=True)
             booked_msat = await ledger.balance_msat(connection, ledger.LIGHTNING)
         self.ready = True
@@ -174,8 +176,18 @@ class Reconciler:
             page = [one for one in page if one.sent_at >= since]
             # After the node's answer: whatever we ask a node for was committed before.
             async with self._transaction() as connection:
+                await payout_memory.adopt(
+                    connection,
+                    page,
+                    backend=self._backend.name,
+                    node_pubkey=node.pubkey,
+                    now=now,
+                )
                 for payment in await foreign_payments.unknown(connection, page):
                     new += await self._note(connection, payment, node, now)
+                contradicted = await payout_memory.failed_here(connection, page)
+            for row in contradicted:
+                await payout_memory.put_right(self._transaction, self._backend, row, now=now)
         return new
 
     async def _note(

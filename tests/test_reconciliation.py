@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any, cast
 
 import pytest
 
-from billing import foreign_payments, invoices, ledger, payout_control
+from billing import (
+    foreign_payments,
+    invoices,
+    ledger,
+    payout_control,
+    payout_rows,
+    payout_transfers,
+)
 from billing.foreign_payments import NoSuchForeignPayment
 from billing.invoices import Credit, InvoiceWatcher
 from billing.lightning import BackendRejected, BackendUnavailable, Settlement
 from billing.lightning.simulated.backend import SimulatedBackend
 from billing.lightning.simulated.faults import Fault, FaultKind
 from billing.lightning.simulated.wallets import PAYER, ROUTER
-from billing.payout_states import PayoutState
+from billing.payout_states import Alert, PayoutState
 from billing.payouts import PayoutRunner
 from billing.reconciliation import Reconciler
 from router.database import Database
-from tests.payout_chaos import OWED_MSAT
+from tests.payout_chaos import OWED_MSAT, Chaos, end_what_hangs
 from tests.payout_world import World
 
 
@@ -172,6 +180,162 @@ async def test_an_old_database_gives_itself_away_and_pays_nobody_twice(world: Wo
     assert await world.balance_msat(ledger.worker("w1")) == 0
     await successor.turn()
     assert await world.received_msat("w1") == OWED_MSAT
+    await world.check_node()
+
+
+async def test_an_old_database_looks_up_what_it_does_not_know_to_have_sent(world: World):
+    """Restored from a backup of between invoice and payment: the invoice is not thrown away."""
+    await reconciler(world).run_once()
+    await world.worker("w1", OWED_MSAT)
+    await world.pass_time(5)
+    await world.process().turn()
+    paid = await world.payout_of("w1")
+    async with world.database.transaction() as connection:
+        await connection.execute(
+            "update payout_attempts set state = 'invoiced', submitted_at = null, submissions = 0,"
+            " preimage = null, fee_msat = null, node_pubkey = null, ended_at = null"
+        )
+        await connection.execute(
+            "update payouts set state = 'planned', fee_msat = null, ended_at = null"
+        )
+        await connection.execute(
+            "delete from ledger_transfers where reference = $1 and code <> 'payout'", paid.id
+        )
+        await connection.execute(
+            "update ledger_balances set balance_msat = $2 where account = $1",
+            ledger.SENDING,
+            OWED_MSAT,
+        )
+    assert (await reconciler(world).run_once()).foreign == 0
+    await world.pass_time(3600)
+    successor = world.process()
+    for _ in range(3):
+        await successor.turn()
+        await world.pass_time(120)
+    assert [p.state for p in await world.payouts()] == [PayoutState.PAID]
+    assert await world.received_msat("w1") == OWED_MSAT
+    await world.check_node()
+
+
+async def test_a_payout_that_failed_here_and_was_paid_there_is_put_right_and_sounds_the_alarm(
+    world: World,
+):
+    """[6] It must not happen; if it does, nothing more is sent until somebody has looked."""
+    await reconciler(world).run_once()
+    await world.worker("w1", OWED_MSAT)
+    await world.pass_time(5)
+    await world.process().turn()
+    paid = await world.payout_of("w1")
+    async with world.database.transaction() as connection:
+        await connection.execute("update payout_attempts set state = 'failed', preimage = null")
+        await connection.execute("update payouts set state = 'failed', fee_msat = null")
+        await connection.execute(
+            "delete from ledger_transfers where reference = $1 and code <> 'payout'", paid.id
+        )
+        await connection.execute(
+            "update ledger_balances set balance_msat = $2 where account = $1",
+            ledger.SENDING,
+            OWED_MSAT,
+        )
+        payout, _ = await payout_rows.load(connection, paid.id)
+        await ledger.post(connection, payout_transfers.when_failed(payout))
+    assert await world.balance_msat(ledger.worker("w1")) == OWED_MSAT
+    await reconciler(world).run_once()
+    right = await world.payout_of("w1")
+    assert (right.state, right.alert) == (PayoutState.PAID, Alert.PAID_AFTER_ALL)
+    assert await world.balance_msat(ledger.worker("w1")) == 0
+    why = (await control(world)).paused_why
+    assert why is not None and "contradicts itself" in why
+    await world.check_node()
+
+
+_STATE = [
+    "payouts",
+    "payout_attempts",
+    "payees",
+    "billing_state",
+    "ledger_transfers",
+    "ledger_balances",
+    "foreign_payments",
+]
+
+
+async def back_up(world: World) -> None:
+    async with world.database.transaction() as connection:
+        for table in _STATE:
+            await connection.execute(f"drop table if exists old_{table}")
+            await connection.execute(f"create table old_{table} as table {table}")
+
+
+async def restore(world: World) -> None:
+    async with world.database.transaction() as connection:
+        for table in _STATE:
+            await connection.execute(f"truncate {table}")
+            await connection.execute(f"insert into {table} select * from old_{table}")
+            await connection.execute(f"drop table old_{table}")
+
+
+async def earned_msat(world: World) -> dict[str, int]:
+    """By these books: payable, on its way and paid."""
+    async with world.database.connection() as connection:
+        rows = await connection.fetch(
+            "select account, sum(msat)::bigint as msat from ("
+            " select account, balance_msat as msat from ledger_balances"
+            " where starts_with(account, 'liabilities:worker:') union all"
+            " select account, amount_msat from payouts where state <> 'failed') t group by account"
+        )
+    return {row["account"].rpartition(":")[2]: row["msat"] for row in rows}
+
+
+SEEDS = int(os.environ.get("SATHERD_CHAOS_SEEDS", "4"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+async def test_from_whatever_moment_a_backup_is_nobody_is_paid_twice(world: World, seed: int):
+    """[1] Work, a backup, more work, the backup restored: an operator says whose the unknown
+    payments were, and nobody has then been paid more than he has ever earned."""
+    chaos = Chaos(world, seed)
+    await reconciler(world).run_once()
+    await world.pass_time(5)
+    await chaos.begin()
+    acts = [chaos.turn, chaos.turn, chaos.turn_and_die, chaos.wait, chaos.earn, chaos.trouble]
+    for _ in range(chaos.random.randrange(5, 20)):
+        await chaos.random.choice(acts)()
+    await back_up(world)
+    earned_then = dict(world.earned_msat)
+    for _ in range(chaos.random.randrange(5, 25)):
+        await chaos.random.choice(acts)()
+    ever_earned = dict(world.earned_msat)
+
+    await restore(world)
+    world.earned_msat.clear()
+    world.earned_msat.update(earned_then)
+    await world.network.clear_faults()
+    await end_what_hangs(world, settle=True)
+    await world.pass_time(60)
+    found = await reconciler(world).run_once()
+    successor = world.process()
+    if found.foreign:
+        sent = len(await world.network.paid_out(ROUTER))
+        for _ in range(3):
+            await successor.turn()
+            await world.pass_time(700)
+        assert len(await world.network.paid_out(ROUTER)) == sent
+    async with world.database.connection() as connection:
+        unknown = await foreign_payments.listed(connection)
+    truth = await world.truth()
+    for payment in unknown:
+        payee = truth[payment.payment_hash].payee
+        assert payee is not None
+        assert await confirm(world, payment.payment_hash, ledger.worker(payee))
+    world.earned_msat.clear()
+    world.earned_msat.update(await earned_msat(world))
+    await successor.runner.stop()
+    chaos.processes = [world.process(), world.process()]
+    await chaos.end()
+    for worker_id, msat in ever_earned.items():
+        assert await world.received_msat(worker_id) <= msat, worker_id
+    await world.check_payments()
     await world.check_node()
 
 
