@@ -38,6 +38,7 @@ from router.api import (
     admin_work,
     balance,
     balance_keys,
+    decentralgpt,
     docs,
     gridrepublic,
     herder,
@@ -74,6 +75,7 @@ from router.market import Market
 from router.models import Models
 from router.nats_bus import NatsBus
 from router.presence import Presence
+from router.projects import Projects
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer, ReceiptKey
@@ -136,6 +138,7 @@ def create_app(
         openai,
         herder,
         gridrepublic,
+        decentralgpt,
         worker_socket,
         balance,
         balance_keys,
@@ -376,6 +379,7 @@ def _join(
         far_jobs=far_jobs,
         presence=presence,
         gate=gate,
+        projects=Projects(database, gate, router_id=this_router),
         asks=asks,
         dispatcher=Dispatcher(
             database,
@@ -438,6 +442,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         core.dispatcher,
         core.maintenance,
         core.gate,
+        core.projects,
         core.payouts,
         core.webhooks,
     ):

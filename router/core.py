@@ -25,6 +25,7 @@ from router.maintenance import Maintenance
 from router.market import Market
 from router.models import Models
 from router.presence import Presence
+from router.projects import Projects
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer
@@ -70,6 +71,7 @@ class Core:
     far_jobs: FarJobs
     presence: Presence
     gate: WorkerGate
+    projects: Projects
     asks: Asks
     dispatcher: Dispatcher
     maintenance: Maintenance

@@ -187,6 +187,21 @@ class QueueChange(SQLModel, table=True):
     )
 
 
+class ProjectRow(SQLModel, table=True):
+    """A project of the DecentralGPT door at one router. `owner`: the hash of a worker key; null for
+    programs on the router's machine. `models`: as `router.project_requests` writes them."""
+
+    __tablename__ = "projects"
+    router_id: str = Field(sa_column=Column(Text, primary_key=True))
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    owner: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    has_key_identity: bool = Field(nullable=False)
+    ln_url: str | None = Field(default=None, sa_column=Column(Text))
+    slots: int = Field(sa_column=Column(Integer, nullable=False))
+    models: list = Field(sa_column=Column(JSONB, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+
+
 class LaneEdge(SQLModel, table=True):
     """A limit that some worker registered, so that rounding never strands a job that fits it."""
 

@@ -47,6 +47,13 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
         "prompt": "make it night",
         "image": "https://pictures.example/rabbit.png",
     },
+    ("post", "/api/v0/ai/project/register"): {
+        "project": "DecentralGPT",
+        "models": [
+            {"model": "MODEL", "api": "http://127.0.0.1:1042/v1/chat/completions", "type": 0}
+        ],
+        "ln_url": "you@wallet.example",
+    },
     ("post", "/herder"): {
         "Action": "Transfer",
         "Quantity": "5",
@@ -116,6 +123,7 @@ _OPENED_BY = {
     "balance": _PAYER,
     "admin": ["admin"],
     "workers": ["worker"],
+    "DecentralGPT": [*_PAYER, "worker"],
 }
 
 _HEADERS = {

@@ -1,0 +1,255 @@
+"""Projects whose models are reached by HTTP: registered, changed, taken out, and kept.
+
+A project belongs to whoever registered it: a worker key, or programs on the router's own machine. Only
+its owner changes it. Each of its containers is one worker (`router.http_sessions`); the table has what
+was registered, and a router lets its own projects in again when it starts, and for as long as one that
+should be there is not, from time to time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from router import workers
+from router.database import Database, DatabaseUnavailable
+from router.errors import Forbidden, NoSuchThing
+from router.http_sessions import HttpSession, HttpWorker
+from router.project_requests import Project, ProjectModel
+from router.sessions import RefusedWorker
+from router.worker_gate import WorkerGate
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 15.0
+
+_SAVE = """
+insert into projects (router_id, name, owner, has_key_identity, ln_url, slots, models)
+values ($1, $2, $3, $4, $5, $6, $7)
+on conflict (router_id, name) do update set ln_url = excluded.ln_url, slots = excluded.slots,
+    models = excluded.models"""
+
+
+class Projects:
+    """The projects of this router."""
+
+    def __init__(self, database: Database, gate: WorkerGate, *, router_id: str) -> None:
+        self._database = database
+        self._gate = gate
+        self._router_id = router_id
+        self._sessions: dict[tuple[str, str], HttpSession] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name="projects")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def register(
+        self, project: Project, owner: bytes | None, *, own_ports: frozenset[int]
+    ) -> None:
+        """Let a project in, or change it to this. `owner` None: this machine.
+
+        Raises Forbidden, RefusedWorker (bad URLs, bad address), and what the gate raises; a project
+        that was there is then as it was, but what is refused only by the gate may have left it.
+        """
+        async with self._one_at_a_time:
+            await self._register(project, owner, own_ports)
+
+    async def add_model(
+        self, project: Project, owner: bytes | None, *, own_ports: frozenset[int]
+    ) -> None:
+        """Add the one model of `project` to what is registered under its name, or replace it there."""
+        async with self._one_at_a_time:
+            row = await self._row(project.name)
+            if row is not None:
+                _check_owner(row, owner)
+                project = _project(row).with_model(project.models[0])
+            await self._register(project, owner, own_ports)
+
+    async def remove_model(
+        self, name: str, model: str, cid: str | None, owner: bytes | None
+    ) -> None:
+        """Take one model out; with the last one the project goes. Raises Forbidden, NoSuchThing."""
+        async with self._one_at_a_time:
+            row = await self._existing(name, owner)
+            before = _project(row)
+            left = before.without_model(model, cid)
+            if len(left.models) == len(before.models):
+                raise NoSuchThing("this project has no such model", param="model")
+            if left.models:
+                await self._register(left, owner, frozenset())
+            else:
+                await self._remove(name)
+
+    async def unregister(self, name: str, owner: bytes | None) -> None:
+        """Take a project out; what its models are at goes to others. Raises Forbidden, NoSuchThing."""
+        async with self._one_at_a_time:
+            await self._existing(name, owner)
+            await self._remove(name)
+
+    async def names(self, most: int) -> list[str]:
+        """The projects of this market, of all its routers."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select distinct name from projects order by name limit $1", most
+            )
+        return [row["name"] for row in rows]
+
+    async def models(self, name: str, most: int) -> list[str]:
+        """The models of a project, each once. Raises NoSuchThing."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch("select * from projects where name = $1", name)
+        if not rows:
+            raise NoSuchThing("there is no such project", param="project")
+        found = (model.model for row in rows for model in _project(row).models)
+        return sorted(set(found))[:most]
+
+    def serving(self, name: str, model: str) -> list[HttpSession]:
+        """The workers here that serve a model of a project now."""
+        return [
+            session
+            for (project, _), session in self._sessions.items()
+            if project == name
+            and not session.closed
+            and any(served.id == model for served in session.worker.models)
+        ]
+
+    # --- one at a time -------------------------------------------------------------------------
+
+    async def _register(
+        self, project: Project, owner: bytes | None, own_ports: frozenset[int]
+    ) -> None:
+        row = await self._row(project.name)
+        if row is not None:
+            _check_owner(row, owner)
+        has_key_identity = (
+            row["has_key_identity"] if row is not None else await self._is_first_of(owner)
+        )
+        await self._let_in(project, owner, has_key_identity, own_ports)
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                _SAVE,
+                self._router_id,
+                project.name,
+                owner,
+                has_key_identity,
+                project.ln_url,
+                project.slots,
+                json.dumps(project.models_as_json()),
+            )
+        log.info("project registered project=%s models=%d", project.name, len(project.models))
+
+    async def _let_in(
+        self,
+        project: Project,
+        owner: bytes | None,
+        has_key_identity: bool,
+        own_ports: frozenset[int] = frozenset(),
+    ) -> None:
+        groups = project.by_cid()
+        for place, (cid, models) in enumerate(groups.items()):
+            by_key = has_key_identity and place == 0 and owner is not None
+            described = HttpWorker(
+                identity=owner if by_key and owner else _identity(owner, project.name, cid),
+                models=tuple(model.as_http() for model in models),
+                name=project.name,
+                slots=project.slots,
+                ln_url=project.ln_url,
+            )
+            session = await self._gate.register_http(described, own_ports=own_ports)
+            self._sessions[project.name, cid] = session
+        self._cut(
+            key for key in list(self._sessions) if key[0] == project.name and key[1] not in groups
+        )
+
+    async def _remove(self, name: str) -> None:
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "delete from projects where router_id = $1 and name = $2", self._router_id, name
+            )
+        self._cut([key for key in self._sessions if key[0] == name])
+        log.info("project unregistered project=%s", name)
+
+    def _cut(self, keys: Iterable[tuple[str, str]]) -> None:
+        for key in keys:
+            self._sessions.pop(key).cut("unregistered", blame="nobody")
+
+    async def _row(self, name: str) -> Any:
+        async with self._database.connection() as connection:
+            return await connection.fetchrow(
+                "select * from projects where router_id = $1 and name = $2", self._router_id, name
+            )
+
+    async def _existing(self, name: str, owner: bytes | None) -> Any:
+        row = await self._row(name)
+        if row is None:
+            raise NoSuchThing("there is no such project here", param="project")
+        _check_owner(row, owner)
+        return row
+
+    async def _is_first_of(self, owner: bytes | None) -> bool:
+        """Whether a key has no project yet: its first is the worker that `GET /workers/me` shows."""
+        if owner is None:
+            return False
+        async with self._database.connection() as connection:
+            return not await connection.fetchval(
+                "select exists (select 1 from projects where owner = $1 and has_key_identity)",
+                owner,
+            )
+
+    # --- keeping them there --------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                async with self._one_at_a_time:
+                    await self._bring_back()
+            except DatabaseUnavailable:
+                log.warning("projects wait for the database")
+            except Exception:
+                log.exception("projects could not be looked after, going on")
+            await asyncio.sleep(AGAIN_S)
+
+    async def _bring_back(self) -> None:
+        """Let in what is registered and not there."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select * from projects where router_id = $1", self._router_id
+            )
+        for row in rows:
+            project = _project(row)
+            if all(self._is_there(project.name, cid) for cid in project.by_cid()):
+                continue
+            with contextlib.suppress(RefusedWorker):
+                await self._let_in(project, row["owner"], row["has_key_identity"])
+                log.info("project is there again project=%s", project.name)
+
+    def _is_there(self, name: str, cid: str) -> bool:
+        session = self._sessions.get((name, cid))
+        if session is None:
+            return False
+        # The same key may be serving over a socket meanwhile: it is not taken from that.
+        return not session.closed or session.worker.id in self._gate.sessions
+
+
+def _check_owner(row: Any, owner: bytes | None) -> None:
+    if row["owner"] != owner:
+        raise Forbidden("this project belongs to somebody else")
+
+
+def _identity(owner: bytes | None, name: str, cid: str) -> bytes:
+    return workers.hash_identity("project", owner.hex() if owner else "", name, cid)
+
+
+def _project(row: Any) -> Project:
+    models = tuple(ProjectModel(**model) for model in json.loads(row["models"]))
+    return Project(row["name"], models, row["ln_url"], row["slots"])
