@@ -123,7 +123,7 @@ def verified_key(raw: Mapping[str, Any]) -> bytes | None:
     signed = {key: value for key, value in raw.items() if key != "sig"} | _UNSIGNED
     try:
         public_key = _from_base64(raw.get("pubkey"))
-        signature = bytes.fromhex(str(raw.get("sig") or ""))
+        signature = _signature(str(raw.get("sig") or ""))
         text = json.dumps(signed, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
         digest = hashlib.sha256(text.encode()).digest()
         # A key must be 32 bytes and on the curve, a signature 64 bytes.
@@ -189,6 +189,11 @@ def _kinds(registration: QueenBeeRegistration, name: str) -> list[tuple[ModelKin
 
 def _memory_mb(cards: list[Card] | None) -> float:
     return sum(card.memory or 0.0 for card in cards or ())
+
+
+def _signature(text: str) -> bytes:
+    """The 64 bytes of a signature: base64 in workerbee 0.3.1, hex before. Raises ValueError."""
+    return bytes.fromhex(text) if len(text) == 128 else _from_base64(text)
 
 
 def _from_base64(text: Any) -> bytes:

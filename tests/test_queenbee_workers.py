@@ -84,7 +84,8 @@ async def test_a_signature_made_before_the_cards_were_filled_in_makes_the_key_an
         async with workerbee(router, registration_031(key=key, gpu=True)):
             assert router.core.gate.sessions[first.id].worker is not first
     other = registration_031(key=key, gpu=True, slug="c2x1Zw==")
-    async with workerbee(router, other), workerbee(router, registration_031(key=key)):
+    older = registration_031(key=key, hex_signature=True)
+    async with workerbee(router, other), workerbee(router, older):
         ids = {worker.id for worker in await registered(router, 2)}
     assert first.id in ids
     (hardware,) = await router.query("select hardware from workers where id = $1", first.id)

@@ -42,9 +42,17 @@ def wiki_registration(ln_url: str | None = None, **changes: Any) -> dict[str, An
 
 
 def registration_031(
-    ln_url: str = "DONT_PAY_ME", *, key: PrivateKey | None = None, gpu: bool = True, **changes: Any
+    ln_url: str = "DONT_PAY_ME",
+    *,
+    key: PrivateKey | None = None,
+    gpu: bool = True,
+    hex_signature: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
-    """What workerbee 0.3.1 sends: all keys, signed before the cards are filled in (QB-P3, QB-P9)."""
+    """What workerbee 0.3.1 sends: all keys, signed before the cards are filled in (QB-P3, QB-P9).
+
+    `hex_signature`: as those before it spelled theirs.
+    """
     key = key or PrivateKey()
     message: dict[str, Any] = {
         "worker_version": "0.3.1",
@@ -66,7 +74,9 @@ def registration_031(
         "models": [],
     } | changes
     spelled = json.dumps(message, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
-    message["sig"] = key.sign_schnorr(hashlib.sha256(spelled.encode()).digest(), b"").hex()
+    signature = key.sign_schnorr(hashlib.sha256(spelled.encode()).digest(), b"")
+    spelled_out = base64.urlsafe_b64encode(signature).decode()
+    message["sig"] = signature.hex() if hex_signature else spelled_out
     if gpu:
         cards = [CARD | {"uuid": "GPU-1", "clock": 1700, "clock_unit": "MHz"}]
         message |= {"nv_gpu_count": 1, "nv_driver_version": "535.54", "nv_gpus": cards}
