@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from coincurve import PrivateKey
@@ -113,6 +113,18 @@ async def test_what_cannot_be_paid_is_refused(backend: LightningBackend) -> None
             description="never to be paid",
         )
         assert await refusal(backend, bolt11) == reason
+
+
+async def test_its_own_history_can_be_listed(backend: LightningBackend) -> None:
+    """What reconciliation reads; nothing of it is printed."""
+    since = datetime.now(UTC) - timedelta(days=1)
+    received = [one async for one in backend.received_since(since)]
+    sent = [one async for one in backend.sent_since(since)]
+    assert all(one.settled_at.tzinfo is not None for one in received)
+    for payment in sent:
+        assert payment.state in (PaymentState.SUCCEEDED, PaymentState.IN_FLIGHT)
+        looked_up = await backend.lookup_payment(payment.payment_hash)
+        assert looked_up.state is not PaymentState.NOT_FOUND
 
 
 async def test_an_invoice_is_paid_once(backend: LightningBackend) -> None:
