@@ -31,7 +31,15 @@ from billing.payout_settings import PayoutSettings
 from billing.payouts import PayoutRunner
 from billing.reconciliation import Reconciler, joined_at
 from billing.withdrawals import Withdrawals
-from router import administration, job_store, job_submits, receipts, worker_controls, workers
+from router import (
+    administration,
+    job_store,
+    job_submits,
+    receipts,
+    worker_controls,
+    worker_views,
+    workers,
+)
 from router.api import (
     admin,
     admin_money,
@@ -44,9 +52,12 @@ from router.api import (
     herder,
     horde_client,
     horde_status,
+    horde_worker,
+    horde_workers,
     info,
     jobs,
     kobold,
+    kobold_worker,
     openai,
     operations,
     simulated,
@@ -76,6 +87,7 @@ from router.models import Models
 from router.nats_bus import NatsBus
 from router.presence import Presence
 from router.projects import Projects
+from router.pull_gate import PullGate
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer, ReceiptKey
@@ -148,6 +160,9 @@ def create_app(
         kobold,
         horde_client,
         horde_status,
+        horde_worker,
+        horde_workers,
+        kobold_worker,
         admin,
         admin_money,
         admin_work,
@@ -331,6 +346,42 @@ def _join(
     )
     asks = Asks()
     gate = WorkerGate(database, settings, fleet, models, attempts, addresses, asks, clock=clock)
+    dispatcher = Dispatcher(
+        database,
+        writer,
+        fleet,
+        gate.assign,
+        router_id=this_router,
+        lease_s=settings.lease_s,
+        commission_ppm=lambda: settings.commission_ppm,
+        clock=clock,
+    )
+    maintenance = Maintenance(
+        database,
+        settings,
+        fleet,
+        models,
+        hub,
+        attempts,
+        presence,
+        router_id=this_router,
+        clock=clock,
+    )
+    pull_gate = PullGate(
+        database,
+        fleet,
+        gate,
+        dispatcher,
+        attempts,
+        market,
+        addresses,
+        skips=lambda worker: {
+            skip.code: skip.count for skip in worker_views.skips(worker, market.counts.steps())
+        },
+        finer_lanes=maintenance.finer_lanes,
+        ttl_s=settings.pull_ttl_s,
+        clock=clock,
+    )
     core = Core(
         settings=settings,
         runtime=RuntimeSettings(settings),
@@ -381,27 +432,9 @@ def _join(
         gate=gate,
         projects=Projects(database, gate, router_id=this_router),
         asks=asks,
-        dispatcher=Dispatcher(
-            database,
-            writer,
-            fleet,
-            gate.assign,
-            router_id=this_router,
-            lease_s=settings.lease_s,
-            commission_ppm=lambda: settings.commission_ppm,
-            clock=clock,
-        ),
-        maintenance=Maintenance(
-            database,
-            settings,
-            fleet,
-            models,
-            hub,
-            attempts,
-            presence,
-            router_id=this_router,
-            clock=clock,
-        ),
+        dispatcher=dispatcher,
+        pull_gate=pull_gate,
+        maintenance=maintenance,
         webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
     )
     attempts.on_work = partial(_on_work, core)

@@ -26,6 +26,7 @@ from router.market import Market
 from router.models import Models
 from router.presence import Presence
 from router.projects import Projects
+from router.pull_gate import PullGate
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer
@@ -74,6 +75,7 @@ class Core:
     projects: Projects
     asks: Asks
     dispatcher: Dispatcher
+    pull_gate: PullGate
     maintenance: Maintenance
     webhooks: Webhooks
     draining: bool = False

@@ -17,7 +17,7 @@ from typing import Any
 
 from router.asks import accepts
 from router.database import BatchingWriter, Database, DatabaseUnavailable
-from router.job_queue import Candidate, heads, waiting_lanes
+from router.job_queue import Candidate, heads, specs_of, waiting_lanes
 from router.job_records import Claim, Claimed
 from router.workers import Fleet, Worker
 
@@ -214,23 +214,28 @@ class Dispatcher:
         self._looked_at = now
         return True
 
-    async def claim_for(self, worker: Worker) -> Claimed | None:
+    async def claim_for(
+        self, worker: Worker, *, suits: Callable[[str], bool] | None = None
+    ) -> Claimed | None:
         """The dearest job that fits a worker which asks for one, claimed; None: there is none.
 
-        The job's id is in `worker.busy` then, and the caller gives it to the worker's session.
-        Raises DatabaseUnavailable.
+        `suits` looks at the spec of each, for what no lane says. The job's id is in `worker.busy`
+        then, and the caller gives it to the worker's session. Raises DatabaseUnavailable.
         """
         while not self.paused and worker.free_slots > 0:
             async with self._database.connection() as connection:
                 lanes = await lanes_of(connection, [worker], demanding=self._demanding())
                 floors = floors_of(lanes, [worker])
-                candidates = await heads(connection, lanes, most=1 + SPARE_HEADS, floors=floors)
+                most = 1 + SPARE_HEADS * (4 if suits else 1)
+                candidates = await heads(connection, lanes, most=most, floors=floors)
+                specs = await specs_of(connection, candidates) if suits and candidates else {}
             fitting = [
                 candidate
                 for candidate in candidates
                 if (able := able_to(candidate, self._fleet, self._commission_ppm()))
                 and any(w is worker for w in able)
                 and may_take(worker, candidate, able)
+                and (suits is None or suits(specs.get(candidate.job_id, "")))
             ]
             if not fitting:
                 return None

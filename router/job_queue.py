@@ -178,3 +178,12 @@ async def forget_changes(connection: Any) -> None:
 async def length(connection: Any) -> int:
     """How many jobs wait."""
     return await connection.fetchval("select count(distinct job_id) from queue")
+
+
+async def specs_of(connection: Any, candidates: Sequence[Candidate]) -> dict[str, str]:
+    """What waiting jobs ask, as JSON, by job; without those that wait no more."""
+    rows = await connection.fetch(
+        "select id, spec from jobs where id = any($1::text[]) and spec is not null",
+        [candidate.job_id for candidate in candidates],
+    )
+    return {row["id"]: row["spec"] for row in rows}

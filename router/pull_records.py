@@ -108,16 +108,10 @@ async def keep_name(
     return kept is not None
 
 
-async def change(
-    connection: Any, worker_id: str, *, name: str | None = None, info: str | None = None
-) -> None:
-    """Another name or description. Raises asyncpg's UniqueViolationError for a taken name."""
+async def describe(connection: Any, worker_id: str, info: str) -> None:
+    """What the owner says of a worker, for the public."""
     await connection.execute(
-        "update pull_workers set name = coalesce($2, name), info = coalesce($3, info)"
-        " where worker_id = $1",
-        worker_id,
-        name,
-        info,
+        "update pull_workers set info = $2 where worker_id = $1", worker_id, info
     )
 
 

@@ -3,7 +3,7 @@
     kind          how work reaches it                        module
     native        frames on a socket, several jobs at once   router.worker_sessions
     QueenBee      frames on a socket, one job at a time      router.queenbee_sessions
-    pull          it asks for a job and brings the answer    the doors that workers poll
+    pull          it asks for a job and brings the answer    router.pull_sessions
     HTTP          we call its server                         router.http_sessions
 
 `router.worker_gate` keeps them all. Whatever the kind, a session owns the jobs that its worker holds:
@@ -64,6 +64,9 @@ class Applicant:
     None: it is known by its address alone. Several that name one address sit side by side, each on
     a seat with a record of its own. `pulls`, `offers`, `traits` and `min_fees` are
     the worker's.
+
+    One that pulls may have no way to name an address: what it earns is kept for it until it names
+    one, and naming none changes nothing.
     """
 
     identity: bytes | None

@@ -214,6 +214,11 @@ class Settings(BaseSettings):
     first_token_timeout_s: float = Field(
         default=180, gt=0, description="How long a worker may take to its first token."
     )
+    pull_ttl_s: float = Field(
+        default=150,
+        gt=0,
+        description="How long a worker that asks for its jobs may keep one without an answer.",
+    )
     image_timeout_s: float = Field(
         default=600, gt=0, description="How long a worker may take for a picture."
     )

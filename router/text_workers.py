@@ -4,6 +4,7 @@ router, or one by its id or name (KC-8, KC-9, AH-13)."""
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -43,7 +44,7 @@ class TextWorker:
     tokens: int
     tokens_per_s: float | None
     earned_msat: int
-    created_at: datetime
+    uptime_s: int
     info: str | None = None
     agent: str | None = None
     owner: str | None = None
@@ -93,7 +94,7 @@ def _text_worker(core: Core, row: Any, now: datetime) -> TextWorker | None:
         tokens=row["tokens"] + (live.tokens if live else 0),
         tokens_per_s=max(speeds.values(), default=None),
         earned_msat=row["earned_msat"],
-        created_at=row["created_at"],
+        uptime_s=int(time.monotonic() - live.connected_at) if live else 0,
         info=row["info"],
         agent=row["agent"],
         owner=row["shown_as"],

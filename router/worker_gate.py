@@ -252,6 +252,19 @@ class WorkerGate:
         self.on_idle()
         return session
 
+    async def change(self, worker: Worker, applicant: Applicant) -> None:
+        """A worker that is here offers something else from now on; what it holds it goes on with.
+
+        Raises RefusedWorker, DatabaseUnavailable.
+        """
+        assert applicant.identity is not None
+        ln_url = await self._check_address(applicant)
+        now = await self._store(applicant, applicant.identity, ln_url)
+        worker.models, worker.slots, worker.ln_url = now.models, now.slots, now.ln_url
+        if self.sessions.get(worker.id) is not None:
+            self._fleet.add(worker)
+        self._models.learn(worker.models)
+
     def _free_seat(self, ln_url: str | None) -> bytes:
         """The first seat at an address that nobody sits on, so that whoever comes back finds its
         record. A banned one is never left empty by another: who was sent away stays away."""
@@ -286,7 +299,11 @@ class WorkerGate:
             )
             if record.banned:
                 raise RefusedWorker("banned", record.ban_reason or "this worker is banned")
-            address = await payees.set_address(connection, record.id, ln_url, now=self._clock())
+            address = None
+            if applicant.pulls and ln_url is None:
+                address = await payees.get_address(connection, record.id, now=self._clock())
+            if address is None:
+                address = await payees.set_address(connection, record.id, ln_url, now=self._clock())
             edges = await workers.add_edges(connection, applicant.models)
         if edges != self._fleet.edges:
             self._fleet.set_edges(edges)
@@ -297,7 +314,7 @@ class WorkerGate:
             name=applicant.name,
             models=applicant.models,
             slots=applicant.slots,
-            payable=address.ln_url is not None,
+            payable=address.ln_url is not None or applicant.pulls,
             ln_url=address.ln_url,
             speeds=record.speeds,
             standing=standing,

@@ -12,6 +12,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.errors import EngineStartError
+from worker.kobold_prompt import ChatTemplate
 
 KEY_FILE = "worker.key"
 SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
@@ -22,14 +23,6 @@ class EngineName(StrEnum):
     OPENAI = "openai"
     KOBOLDCPP = "koboldcpp"
     ECHO = "echo"
-
-
-class ChatTemplate(StrEnum):
-    """How messages become one prompt, for servers that take nothing but a prompt."""
-
-    CHATML = "chatml"
-    ALPACA = "alpaca"
-    PLAIN = "plain"
 
 
 class EchoFault(StrEnum):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from billing import payees
-from billing.errors import BadLightningAddress
+from billing.errors import BadCredential, BadLightningAddress
 from billing.lightning_address import PayTerms
-from router import worker_controls, worker_views
+from router import pull_records, worker_controls, worker_views
 from router.api.answers import answer, core_of, read_object
 from router.api.own_door import OwnDoorRoute, only, query_text, short_text
 from router.core import Core
+from router.door_ids import Door
 from router.errors import BadRequest, Unauthorized
 from router.rate_limits import KEY_FAILURES_PER_MINUTE
 
@@ -43,12 +45,12 @@ async def change_address(request: Request) -> Response:
     text = short_text(body, "ln_url", most=LN_URL_MAX)
     ln_url = None
     if text is not None:
-        ln_url, _ = await _resolve(core, text, on_behalf_of=row["key_hash"].hex())
+        ln_url, _ = await resolve_address(core, text, on_behalf_of=row["key_hash"].hex())
     async with core.database.transaction() as connection:
         address = await payees.set_address(connection, row["id"], ln_url, now=core.clock())
     live = core.fleet.get(row["id"])
     if live is not None:
-        live.ln_url, live.payable = address.ln_url, address.ln_url is not None
+        live.ln_url, live.payable = address.ln_url, address.ln_url is not None or live.pulls
     return answer({"worker_id": row["id"], **worker_views.address_view(address)})
 
 
@@ -83,7 +85,7 @@ async def check_address(request: Request) -> Response:
     if text is None:
         raise BadRequest("ln_url must be a Lightning address or an LNURL", param="ln_url")
     core.limiter.address_check(request)
-    ln_url, terms = await _resolve(
+    ln_url, terms = await resolve_address(
         core, text, on_behalf_of=f"client {core.limiter.client(request)}"
     )
     return answer(
@@ -114,16 +116,40 @@ async def detail(request: Request) -> Response:
 
 
 async def _me(core: Core, request: Request) -> Any:
-    """The row of the worker whose key this request brings. Raises Unauthorized."""
+    """The row of the worker whose key this request brings. Raises Unauthorized.
+
+    A worker that polls has a name and a secret in place of a key: `Authorization: Basic`.
+    """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     row = await worker_views.find(core, key.strip()) if scheme.lower() == "bearer" else None
+    if scheme.lower() == "basic":
+        row = await _by_name(core, key)
     if row is None:
         core.limiter.failed(request, "worker key", KEY_FAILURES_PER_MINUTE)
         raise Unauthorized("send the worker key as `Authorization: Bearer …`")
     return row
 
 
-async def _resolve(core: Core, text: str, *, on_behalf_of: str) -> tuple[str, PayTerms]:
+async def _by_name(core: Core, encoded: str) -> Any:
+    """The row of the worker that polls by this name and secret; None when there is none."""
+    try:
+        name, _, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
+        named = await pull_records.find(core.database, name=name) if "\0" not in name else None
+        if named is None:
+            return None
+        if named.door is Door.HORDE:
+            owner_hash = pull_records.owner_of_key(secret)
+        else:
+            owner_hash = await core.pull_gate.passwords.owner(name, secret)
+    except (ValueError, BadCredential):
+        return None
+    if owner_hash != named.owner_hash:
+        return None
+    async with core.database.connection() as connection:
+        return await connection.fetchrow("select * from workers where id = $1", named.worker_id)
+
+
+async def resolve_address(core: Core, text: str, *, on_behalf_of: str) -> tuple[str, PayTerms]:
     """An address in its one spelling, and the terms that its server gives. Raises
     BadLightningAddress."""
     payee = core.addresses.parse(text)

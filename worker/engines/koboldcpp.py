@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 
 from worker.engines import Done, Progress, Sink
-from worker.engines.kobold_prompt import chat_prompt
 from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
 from worker.engines.stopping import unless_cancelled
 from worker.engines.text_stream import TextStream
 from worker.errors import EngineStartError, JobError
+from worker.kobold_prompt import chat_prompt
 from worker.protocol import (
     ChatSpec,
     CompletionSpec,

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from worker.errors import JobError
 from worker.protocol import FailureCode
-from worker.settings import ChatTemplate
+
+
+class ChatTemplate(StrEnum):
+    """How messages become one prompt, for servers that take nothing but a prompt."""
+
+    CHATML = "chatml"
+    ALPACA = "alpaca"
+    PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
