@@ -13,6 +13,7 @@ left (KC-8, AH-34).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from typing import Any
 
 from router.attempts import Attempts, RunningAttempt
 from router.job_records import Claimed
+from router.job_states import State
 from router.workers import Worker
 from worker.errors import JobError
 from worker.kobold_prompt import ChatTemplate, chat_prompt
@@ -231,11 +233,12 @@ class PullSession:
 
     async def _earned_msat(self, running: RunningAttempt) -> int:
         stream = running.stream
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_S):
-                while stream.outcome is None:
+                # One without a word may be asked again, of somebody else.
+                while stream.outcome is None and stream.state is State.RUNNING:
                     await stream.changed()
-        except TimeoutError:
+        if stream.outcome is None:
             return 0
         charged_msat = stream.outcome.charged_msat
         return charged_msat - charged_msat * running.claimed.commission_ppm // 1_000_000

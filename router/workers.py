@@ -405,7 +405,8 @@ async def keep_records(connection: Any, news: Iterable[News]) -> None:
         " reliability = t.reliability, quality = t.quality, speeds = w.speeds || t.speeds::jsonb,"
         # One that pulls is seen when it asks, and stays in the fleet for a while after that.
         " last_seen_at = case when exists (select 1 from pull_workers p where p.worker_id = w.id)"
-        " then w.last_seen_at else now() end from unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[],"
+        " then w.last_seen_at else now() end"
+        " from unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[],"
         " $5::float8[], $6::float8[], $7::text[])"
         " t(id, done, failed, tokens, reliability, quality, speeds) where w.id = t.id",
         *(list(column) for column in zip(*rows, strict=True)),
