@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .satherd/demo
 
-.PHONY: demo up test lint bench chaos clean help
+.PHONY: demo up test lint bench bench-peers chaos clean help
 
 demo: $(VENV)/.engine ## play the whole paid story once
 	@$(BIN)/satherd demo --data-dir $(DEMO_DIR)
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## measure; docs/performance.md quotes it
 	$(BIN)/python -m bench.run
+
+bench-peers: $(VENV)/.dev ## beside other gateways and queues, which it installs below .cache
+	$(BIN)/python -m bench.peers
 
 chaos: $(VENV)/.dev ## kill -9 at random moments under load, and check the books (CHAOS="--minutes 30")
 	$(BIN)/python -m bench.chaos $(CHAOS)

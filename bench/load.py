@@ -28,13 +28,15 @@ _WORDS = "What a router does with a prompt should cost next to nothing, so we as
 
 @dataclass(slots=True)
 class Seen:
-    """What clients have seen. Times in seconds; `delays_s` from a worker's frame to the client."""
+    """What clients have seen. Times in seconds; `first_s` from a request to its first token, `delays_s`
+    from a worker's frame to the client."""
 
     answers: int = 0
     tokens: int = 0
     failures: dict[int, int] = field(default_factory=dict)
     last_failure: str = ""
     answer_s: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
     delays_s: list[float] = field(default_factory=list)
 
     def forget(self) -> None:
@@ -42,6 +44,7 @@ class Seen:
         self.answers = self.tokens = 0
         self.failures.clear()
         self.answer_s.clear()
+        self.first_s.clear()
         self.delays_s.clear()
 
 
@@ -95,6 +98,7 @@ class Client(asyncio.Protocol):
         self._status = 0
         self._left: int | None = None  # None: chunked
         self._tail = b""
+        self._spoke = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's transports are none of asyncio's classes.
@@ -140,6 +144,9 @@ class Client(asyncio.Protocol):
 
     def _count(self, data: bytes) -> None:
         tokens = data.count(b"~")
+        if tokens and not self._spoke:
+            self._spoke = True
+            self._seen.first_s.append(time.perf_counter() - self._began)
         self._seen.tokens += tokens
         # A stamp that the end of a packet has cut in two is left out.
         at = data.find(b"~") + 1
@@ -173,9 +180,13 @@ async def open_client(
 
 @asynccontextmanager
 async def closed_loop(
-    port: int, requests: Sequence[bytes], *, in_flight: int
+    port: int, requests: Sequence[bytes], *, in_flight: int, over_s: float = 0.0
 ) -> AsyncIterator[Seen]:
-    """Clients that each ask again as soon as they are answered; counts run in what is yielded."""
+    """Clients that each ask again as soon as they are answered; counts run in what is yielded.
+
+    They begin one after the other in `over_s`: where all answers take the same time, clients that began
+    together would all ask at the same moment again and again.
+    """
     seen = Seen()
     clients: list[Client] = []
     going = True
@@ -193,6 +204,8 @@ async def closed_loop(
 
     for number in range(in_flight):
         await begin(number)
+        if over_s:
+            await asyncio.sleep(over_s / in_flight)
     try:
         yield seen
     finally:

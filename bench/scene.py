@@ -131,7 +131,7 @@ async def scene(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     async with AsyncExitStack() as stack:
         folder = passable(stack.enter_context(tempfile.TemporaryDirectory(prefix="satherd-bench-")))
-        router_cores = _part_cores(stack) if pin else None
+        router_cores = part_cores(stack) if pin else None
         postgres = EmbeddedPostgres(folder / "postgres", throw_away=throw_away)
         await stack.enter_async_context(postgres)
         lightning, lightning_url = await _child(
@@ -172,7 +172,7 @@ def _end_of(log_path: Path) -> str:
     return log_path.read_text()[-2000:]
 
 
-def _part_cores(stack: AsyncExitStack) -> set[int] | None:
+def part_cores(stack: AsyncExitStack) -> set[int] | None:
     """Keep this process, and the children it will have, off the core for the router."""
     if not hasattr(os, "sched_setaffinity"):
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
+import orjson
 import pytest
 import pytest_asyncio
 
@@ -15,12 +17,15 @@ from bench import (
     figures,
     idle_workers,
     l402_jobs,
+    load,
     overload,
     paid_jobs,
+    peer_processes,
+    peers,
     streamed_tokens,
 )
 from bench.figures import Options, Report
-from bench.scene import Scene, scene
+from bench.scene import Scene, passable, scene
 from router.database import Database
 
 
@@ -77,6 +82,33 @@ async def test_an_overload_loses_nothing_and_is_over_when_nobody_comes_any_more(
     assert row["answered"] > 0 and row["refunded"] > 0 and row["saw their place"] > 0
     assert row["MiB most"] < 3 * row["MiB before"]
     assert row["/info p99 ms"] > 0 and row["admin p99 ms"] > 0
+
+
+async def test_the_instant_model_server_answers_whole_and_in_steps():
+    """What other gateways are measured in front of, and what their figures are compared with."""
+    async with peer_processes.upstream(0.005) as url:
+        port = int(url.rpartition(":")[2])
+        for streamed, tokens in ((False, 1), (True, 5)):
+            body = orjson.dumps(load.chat_body(max_tokens=tokens, stream=streamed))
+            request = load.http_request("/v1/chat/completions", body, {})
+            async with load.closed_loop(port, [request], in_flight=3, over_s=0.02) as seen:
+                await asyncio.sleep(0.4)
+                assert not seen.failures and seen.answers > 3
+                assert abs(seen.tokens - tokens * seen.answers) <= 3 * tokens
+                assert len(seen.first_s) >= seen.answers
+
+
+async def test_a_gateway_in_front_of_it_passes_answers_on(tmp_path: Path):
+    nginx = peer_processes.nginx()
+    if nginx is None:
+        pytest.skip("needs nginx on this system")
+    async with (
+        peer_processes.upstream(0.0) as url,
+        peer_processes.running(nginx, passable(str(tmp_path)), url, None) as gateway,
+    ):
+        asked = [peers.request_for(streamed) for streamed in (False, True)]
+        row = await peers.measured("nginx", gateway.port, asked[:1], False, 0.5)
+        assert row["requests/s"] > 0 and gateway.cpu_s() > 0 and gateway.memory_bytes() > 0
 
 
 async def test_claims_find_what_each_kind_of_worker_can_take(database_url: str):
