@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 # Heads looked at beyond the number of free slots: some may fit nobody who is idle.
 SPARE_HEADS = 16
+# Idle workers that are alike and looked at in one turn; when they are busy, others are looked at.
+MOST_ALIKE = 64
 # How good a worker that knows the prompt must be beside the best: what it saves is reading.
 WARM_ENOUGH = 0.7
 # For so long after a job that demands something, each dispatch looks for such jobs.
@@ -50,21 +52,41 @@ def able_to(candidate: Candidate, fleet: Fleet, commission_ppm: int) -> list[Wor
     return [worker for worker in fit if accepts(worker, candidate, commission_ppm)]
 
 
+def fits(worker: Worker, candidate: Candidate, commission_ppm: int) -> bool:
+    """Whether a worker that is not on its way out can do a job, and is paid for it what it asks."""
+    return (
+        worker.drains(candidate.lane)
+        and worker.floor_milli(candidate.lane) <= candidate.multiplier_milli
+        and accepts(worker, candidate, commission_ppm)
+    )
+
+
 def match(
-    candidates: Sequence[Candidate], fleet: Fleet, commission_ppm: int = 0
+    candidates: Sequence[Candidate],
+    fleet: Fleet,
+    commission_ppm: int = 0,
+    idle: Sequence[Worker] | None = None,
 ) -> list[tuple[Candidate, Worker]]:
-    """Who gets which job, in the order of the queue. Pure."""
-    free = {worker.id: worker.free_slots for worker in fleet.idle()}
+    """Who gets which job, in the order of the queue; `idle` None: of all that are. Pure."""
+    everyone = fleet.idle() if idle is None else idle
+    free = {worker.id: worker.free_slots for worker in everyone}
     pairs = []
     given: set[str] = set()  # a job may wait in several lanes
     for candidate in candidates:
         if candidate.job_id in given:
             continue
-        able = able_to(candidate, fleet, commission_ppm)
-        idle = [w for w in able if free.get(w.id, 0) > 0 and may_take(w, candidate, able)]
-        if idle:
-            best = max(idle, key=lambda worker: _merit(worker, candidate))
-            best = warm(candidate, best, idle, candidates, free, fleet) or best
+        # Who else could do it matters only for a job that somebody has had.
+        able = able_to(candidate, fleet, commission_ppm) if candidate.tried_by else ()
+        those = [
+            worker
+            for worker in everyone
+            if free[worker.id] > 0
+            and fits(worker, candidate, commission_ppm)
+            and may_take(worker, candidate, able)
+        ]
+        if those:
+            best = max(those, key=lambda worker: _merit(worker, candidate))
+            best = warm(candidate, best, those, candidates, free, everyone) or best
             free[best.id] -= 1
             given.add(candidate.job_id)
             pairs.append((candidate, best))
@@ -77,7 +99,7 @@ def warm(
     idle: Sequence[Worker],
     candidates: Sequence[Candidate],
     free: dict[str, int],
-    fleet: Fleet,
+    everyone: Sequence[Worker],
 ) -> Worker | None:
     """One of `idle` that has met the beginning of this prompt, is nearly as good as the best, and is
     not the last slot for some other job that waits. Pure."""
@@ -87,7 +109,7 @@ def warm(
     met = [w for w in idle if candidate.prefix in w.met and _merit(w, candidate) >= enough]
     for worker in sorted(met, key=lambda w: _merit(w, candidate), reverse=True):
         if free[worker.id] > 1 or not any(
-            other.job_id != candidate.job_id and _only_for(worker, other, free, fleet)
+            other.job_id != candidate.job_id and _only_for(worker, other, free, everyone)
             for other in candidates
         ):
             return worker
@@ -98,15 +120,17 @@ def _merit(worker: Worker, candidate: Candidate) -> float:
     return worker.merit(worker.model_for(candidate.lane))
 
 
-def _only_for(worker: Worker, candidate: Candidate, free: dict[str, int], fleet: Fleet) -> bool:
-    able = fleet.draining_lane(candidate.lane)
-    return [w for w in able if free.get(w.id, 0) > 0] == [worker]
+def _only_for(
+    worker: Worker, candidate: Candidate, free: dict[str, int], everyone: Sequence[Worker]
+) -> bool:
+    return [w for w in everyone if free[w.id] > 0 and w.drains(candidate.lane)] == [worker]
 
 
 async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: bool) -> list[str]:
     """All lanes that these workers drain, also those that only the queue can name: of models that
     nobody has listed, and, if `demanding`, of jobs that demand more of their worker than a model."""
-    lanes = {lane for worker in workers for lane in worker.lanes}
+    # Workers that are alike share their set of lanes.
+    lanes = set().union(*{id(worker.lanes): worker.lanes for worker in workers}.values())
     able = workers if demanding else [worker for worker in workers if worker.offers is not None]
     if able:
         waiting = set(await waiting_lanes(connection)) - lanes
@@ -167,8 +191,12 @@ class Dispatcher:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        looked_at = 0.0
         while True:
             self._awake.clear()
+            if time.monotonic() - looked_at >= POLL_S:
+                looked_at = time.monotonic()
+                self._fleet.look_for_room()
             try:
                 while not self.paused and await self.dispatch_once():
                     pass
@@ -184,7 +212,8 @@ class Dispatcher:
 
     async def dispatch_once(self) -> bool:
         """Match and claim once; True when another look may find more."""
-        idle = self._fleet.idle()
+        # Workers that are alike in their lanes may differ in what a job demands.
+        idle = self._fleet.idle(None if self._demanding() else MOST_ALIKE)
         if not idle:
             return False
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
@@ -192,7 +221,7 @@ class Dispatcher:
             lanes = await lanes_of(connection, idle, demanding=self._demanding())
             floors = floors_of(lanes, idle)
             candidates = await heads(connection, lanes, most=most, floors=floors)
-        pairs = match(candidates, self._fleet, self._commission_ppm())
+        pairs = match(candidates, self._fleet, self._commission_ppm(), idle)
         if not pairs:
             return False
         results = await self._claim(pairs)

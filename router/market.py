@@ -14,10 +14,12 @@ import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 from billing.fees import ONE_MILLI, format_multiplier
 from router import demands, job_queue
 from router.database import Database
+from router.dear_memory import DearMemory
 from router.models import Models, mean_service_s
 from router.queue_counts import Drifted, QueueCounts
 from router.workers import NEVER_MILLI, UNKNOWN_SERVICE_S, Worker
@@ -80,6 +82,7 @@ class Market:
         self._copied_at = self._read_at = -math.inf
         self._fresh_s = 0.0
         self._changed = True
+        self._supplies: DearMemory[Supply] = DearMemory()
         self._reading = asyncio.Lock()
         self.last_multiplier_milli: dict[str, int] = {}
 
@@ -149,20 +152,28 @@ class Market:
     def _place(
         self, lanes: Sequence[str], multiplier_milli: int, seq: int | None, model: str
     ) -> Place:
+        supply = self._supplies(
+            (tuple(lanes), multiplier_milli, model),
+            lambda: self._supply(lanes, multiplier_milli, model),
+        )
+        ahead = self._counts.ahead(supply.competing, multiplier_milli, seq)
+        return Place(
+            position=ahead + 1,
+            wait=supply.wait(ahead),
+            to_be_next_milli=max(self._to_be_next_milli(supply.competing), supply.least_ask_milli),
+            servable=supply.slots > 0,
+        )
+
+    def _supply(self, lanes: Sequence[str], multiplier_milli: int, model: str) -> Supply:
         fleet = self._models.fleet
         able = [w for lane in lanes for w in fleet.draining_lane(lane, multiplier_milli)]
         workers = list({worker.id: worker for worker in able}.values())
-        competing = {c for lane in lanes for c in fleet.competing_lanes(lane, multiplier_milli)}
-        competing |= self._unlisted(workers)
-        ahead = self._counts.ahead(competing, multiplier_milli, seq)
-        return Place(
-            position=ahead + 1,
-            wait=wait(ahead, workers, model),
-            to_be_next_milli=max(
-                self._to_be_next_milli(competing),
-                self._least_ask_milli(lanes) if not workers else 0,
-            ),
-            servable=bool(workers),
+        competing = frozenset(lanes).union(*{id(w.lanes): w.lanes for w in workers}.values())
+        return Supply.of(
+            workers,
+            model,
+            competing=competing | self._unlisted(workers),
+            least_ask_milli=0 if workers else self._least_ask_milli(lanes),
         )
 
     def _unlisted(self, workers: Sequence[Worker]) -> set[str]:
@@ -250,19 +261,43 @@ def _rung(milli: int, ahead: int, workers: list[Worker], model: str) -> dict:
     }
 
 
-def wait(ahead: int, workers: list[Worker], model: str) -> Wait:
-    """The waiting time behind `ahead` jobs, when service times are taken to be exponential.
-
-    The time until the k-th of them leaves is then gamma distributed; its quantiles are approximated
-    by mean - 1/3 and mean + 1.28 standard deviations.
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """What workers can do together. `competing`: the lanes of all jobs that they might do instead;
+    `least_ask_milli`: what must be offered before there are any; 0 where there are some.
     """
-    free = sum(worker.free_slots for worker in workers)
-    if ahead < free or not workers:
-        return Wait(0.0, 0.0)
-    slots = sum(worker.slots for worker in workers)
-    each_s = (mean_service_s(workers, model) or UNKNOWN_SERVICE_S) / slots
-    turns = ahead - free + 1
-    return Wait(
-        round(each_s * max(turns - 1 / 3, 0), 2),
-        round(each_s * (turns + 1.28 * math.sqrt(turns)), 2),
-    )
+
+    free: int
+    slots: int
+    service_s: float
+    competing: frozenset[str] = frozenset()
+    least_ask_milli: int = 0
+
+    @classmethod
+    def of(cls, workers: Sequence[Worker], model: str, **more: Any) -> Supply:
+        return cls(
+            free=sum(worker.free_slots for worker in workers),
+            slots=sum(worker.slots for worker in workers),
+            service_s=mean_service_s(workers, model) or UNKNOWN_SERVICE_S,
+            **more,
+        )
+
+    def wait(self, ahead: int) -> Wait:
+        """The waiting time behind `ahead` jobs, when service times are taken to be exponential.
+
+        The time until the k-th of them leaves is then gamma distributed; its quantiles are
+        approximated by mean - 1/3 and mean + 1.28 standard deviations.
+        """
+        if ahead < self.free or not self.slots:
+            return Wait(0.0, 0.0)
+        each_s = self.service_s / self.slots
+        turns = ahead - self.free + 1
+        return Wait(
+            round(each_s * max(turns - 1 / 3, 0), 2),
+            round(each_s * (turns + 1.28 * math.sqrt(turns)), 2),
+        )
+
+
+def wait(ahead: int, workers: Sequence[Worker], model: str) -> Wait:
+    """The waiting time behind `ahead` jobs of these workers."""
+    return Supply.of(workers, model).wait(ahead)

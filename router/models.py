@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from router import choices, demands, lanes
+from router.dear_memory import DearMemory
 from router.demands import Demand
 from router.errors import BadRequest, NoWorker, PromptTooLong, RouterError, UnknownModel
 from router.lanes import ANY_MODEL, answer_limit
@@ -39,6 +40,7 @@ class Models:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.known: dict[tuple[ModelKind, str], ServedModel] = {}
+        self._served: DearMemory[list[ServedModel]] = DearMemory()
 
     def learn(self, models: Iterable[ServedModel]) -> None:
         for model in models:
@@ -166,19 +168,10 @@ class Models:
         self, kind: Kind, model: str, *, may_wait: bool, demand: Demand
     ) -> list[ServedModel]:
         served = MODEL_KIND[kind]
-        workers = self.fleet.serving(served, model)
-        if demand and not may_wait and workers:
-            # Of what other routers have, only the sums are known: one of them may meet it.
-            workers = [w for w in workers if w.traits.meet(demand) or isinstance(w, FarWorkers)]
-            if not workers and demand.large:
-                raise BadRequest("no worker that is connected takes a request of this size")
-            if not workers:
-                raise NoWorker(
-                    f"no worker that serves {model} meets the gpu_filter;"
-                    " send X-Max-Wait-S to wait for one",
-                    model=model,
-                )
-        offers = [m for m in (w.serves(served, model) for w in workers) if m is not None]
+        if demand and not may_wait:
+            offers = self._offers_that_meet(served, model, demand)
+        else:
+            offers = self._served((served, model), lambda: self._served_now(served, model))
         known = self.known.get((served, model))
         if not offers and known is None:
             other = next((k for k, name in self.known if name == model), None)
@@ -194,6 +187,27 @@ class Models:
                 )
             return [known]
         return offers
+
+    def _offers_that_meet(self, kind: ModelKind, model: str, demand: Demand) -> list[ServedModel]:
+        """Raises NoWorker, BadRequest: the model is there, but at nobody who meets the demand."""
+        workers = self.fleet.serving(kind, model)
+        # Of what other routers have, only the sums are known: one of them may meet it.
+        able = [w for w in workers if w.traits.meet(demand) or isinstance(w, FarWorkers)]
+        if workers and not able and demand.large:
+            raise BadRequest("no worker that is connected takes a request of this size")
+        if workers and not able:
+            raise NoWorker(
+                f"no worker that serves {model} meets the gpu_filter;"
+                " send X-Max-Wait-S to wait for one",
+                model=model,
+            )
+        return [m for m in (w.serves(kind, model) for w in able) if m is not None]
+
+    def _served_now(self, kind: ModelKind, model: str) -> list[ServedModel]:
+        """What is offered of a model, each once however many workers offer the same."""
+        offers = (worker.serves(kind, model) for worker in self.fleet.serving(kind, model))
+        alike = {(o.context_length, o.max_tokens): o for o in offers if o is not None}
+        return list(alike.values())
 
     def facts(self) -> list[ModelFacts]:
         """All models, those served now and those known, one line for each id."""

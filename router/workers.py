@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,7 @@ from billing.accounts import new_id
 from router import demands
 from router.demands import Traits
 from router.lanes import ANY_MODEL, BASE_EDGES, Edges, answer_limit, drained_by, holds, model_of
+from router.room import Held, Room
 from router.standing import Standing, average
 from worker.protocol import ModelKind, ServedModel
 
@@ -198,19 +200,26 @@ class Fleet:
         self.on_change: Callable[[], None] = lambda: None
         # Lanes that no worker drains any more are forgotten with the last one.
         self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
+        self._room = Room()
         self.edges = Edges()
         # When a job was last seen here that demands more of its worker than a model.
         self.demanded_at = -math.inf
 
     def add(self, worker: Worker) -> None:
         """Take a worker in; the edges must hold its limits already."""
+        before = self._workers.get(worker.id)
+        if before is not None:
+            self._room.take(before)
         self._workers[worker.id] = worker
         worker.lanes = self._lanes_of(worker)
+        worker.busy = Held(worker.busy, partial(self._may_have_room, worker))
+        self._may_have_room(worker)
         self.on_change()
 
     def remove(self, worker: Worker) -> None:
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
+            self._room.take(worker)
             self.left(worker)
             self.on_change()
 
@@ -243,8 +252,10 @@ class Fleet:
     def set_edges(self, edges: Edges) -> None:
         self.edges = edges
         self._lanes.clear()
+        self._room = Room()
         for worker in self.everywhere():
             worker.lanes = self._lanes_of(worker)
+        self.look_for_room()
 
     def _lanes_of(self, worker: Worker) -> frozenset[str]:
         """The lanes that a worker drains, shared by all whose models have the same limits.
@@ -264,9 +275,24 @@ class Fleet:
     def all(self) -> list[Worker]:
         return list(self._workers.values())
 
-    def idle(self) -> list[Worker]:
-        """Workers that can be handed a job now; those that pull come for theirs."""
+    def idle(self, most_each: int | None = None) -> list[Worker]:
+        """Workers that can be handed a job now; those that pull come for theirs.
+
+        `most_each`: not more than so many that are alike, without going through all workers.
+        """
+        if most_each is not None:
+            return self._room.idle(most_each)
         return [w for w in self._workers.values() if not w.pulls and w.free_slots > 0]
+
+    def look_for_room(self) -> None:
+        """Go through all workers: some may have room again for no reason that we were told."""
+        for worker in self._workers.values():
+            if worker.free_slots > 0:
+                self._may_have_room(worker)
+
+    def _may_have_room(self, worker: Worker) -> None:
+        if not worker.pulls and self._workers.get(worker.id) is worker:
+            self._room.put(worker)
 
     def serving(self, kind: ModelKind, model: str) -> list[Worker]:
         """Connected workers that serve a model and are not on their way out."""
