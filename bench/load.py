@@ -290,13 +290,15 @@ class Worker:
         await self._socket.send(orjson.dumps(frame).decode())
 
 
-def registration(*, slots: int, ln_url: str | None = None) -> str:
-    """The first frame of a new worker."""
+def registration(
+    *, slots: int, ln_url: str | None = None, model: str = MODEL, key: str | None = None
+) -> str:
+    """The first frame of a worker, a new one unless it has a key."""
     frame = {
         "protocol": "satherd/1",
-        "worker_key": secrets.token_hex(32),
+        "worker_key": key or secrets.token_hex(32),
         "slots": slots,
-        "models": [{"id": MODEL, "kind": "text", "context_length": 1 << 20, "max_tokens": 1 << 19}],
+        "models": [{"id": model, "kind": "text", "context_length": 1 << 20, "max_tokens": 1 << 19}],
     }
     return orjson.dumps(frame | ({"ln_url": ln_url} if ln_url else {})).decode()
 

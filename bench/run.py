@@ -3,7 +3,7 @@
     python -m bench.run [--quick] [--full] [--seconds S] [--json FILE]       (= make bench)
 
 About six minutes, `--quick` about two. For figures that can be compared, let nothing else run.
-`python bench/worker_speed.py` measures the llama.cpp engine.
+`python -m bench.peers` puts other gateways and queues beside, `python bench/worker_speed.py` measures the llama.cpp engine.
 """
 
 from __future__ import annotations
@@ -11,10 +11,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import claim, idle_workers, l402_jobs, overload, paid_jobs, streamed_tokens
+from bench import (
+    claim,
+    idle_workers,
+    l402_jobs,
+    overload,
+    paid_jobs,
+    settled_to_assigned,
+    streamed_tokens,
+)
 from bench.figures import Options, Report, run
 
-BENCHES = (paid_jobs, streamed_tokens, l402_jobs, claim, idle_workers, overload)
+BENCHES = (
+    paid_jobs,
+    streamed_tokens,
+    l402_jobs,
+    settled_to_assigned,
+    claim,
+    idle_workers,
+    overload,
+)
 
 
 async def measure(options: Options) -> Sequence[Report]:

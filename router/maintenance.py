@@ -46,6 +46,8 @@ EXPIRY_GRACE = timedelta(seconds=30)
 # How long after its start a job of ours must be known here, if it was really sent to a worker.
 UNSENT_S = 10
 _BATCH = 200
+FEW_WORKERS = 200
+SLICES = 12
 
 
 class Maintenance:
@@ -75,6 +77,7 @@ class Maintenance:
         self._router_id = router_id
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
+        self._slice = 0
         # The edges that the whole queue is known to be sorted by.
         self._laned_for: Edges | None = None
 
@@ -298,7 +301,7 @@ class Maintenance:
 
     async def keep_records(self) -> None:
         """Write what was observed of the workers connected here."""
-        here, left = self._fleet.all(), self._fleet.take_left()
+        here, left = self._due_records(), self._fleet.take_left()
         forgiven = self._attempts.reputation.take_forgiven()
         counts = [(w, w.done, w.failed, w.tokens) for w in [*left, *here]]
         try:
@@ -313,6 +316,19 @@ class Maintenance:
             worker.failed -= failed
             worker.tokens -= tokens
         await self._attempts.reputation.keep()
+
+    def _due_records(self) -> list[Worker]:
+        """Workers of which there is something to write. Of thousands that did nothing, only that they
+        are still there: a slice of them each time, all within a minute."""
+        here = self._fleet.all()
+        if len(here) <= FEW_WORKERS:
+            return here
+        self._slice = (self._slice + 1) % SLICES
+        return [
+            worker
+            for number, worker in enumerate(here)
+            if worker.done or worker.failed or worker.tokens or number % SLICES == self._slice
+        ]
 
     def _news(
         self, counts: Sequence[tuple[Worker, int, int, int]], forgiven: dict[str, int]

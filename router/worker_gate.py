@@ -41,6 +41,8 @@ from worker.protocol import Registered, Registration
 
 log = logging.getLogger(__name__)
 
+STORED_AT_ONCE = 3
+
 CHECK_S = 1.0
 REGISTRATIONS_PER_MINUTE = 30
 # Codes of a bad address that may be gone at the next try.
@@ -79,6 +81,7 @@ class WorkerGate:
         self._registrations = Windows()
         self._endpoints = Endpoints(settings)
         self.sessions: dict[str, Session] = {}
+        self._storing = asyncio.Semaphore(STORED_AT_ONCE)
         self.on_idle: Callable[[], None] = lambda: None
         self.commission_ppm: Callable[[], int] = lambda: settings.commission_ppm
         self.closing = False
@@ -288,7 +291,9 @@ class WorkerGate:
         return payee.text
 
     async def _store(self, applicant: Applicant, identity: bytes, ln_url: str | None) -> Worker:
-        async with self._database.transaction() as connection:
+        # When thousands come back at once they must not hold every connection to the database: what
+        # is paid for needs one, too.
+        async with self._storing, self._database.transaction() as connection:
             record = await workers.register(
                 connection,
                 identity,

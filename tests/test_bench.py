@@ -22,6 +22,7 @@ from bench import (
     paid_jobs,
     peer_processes,
     peers,
+    settled_to_assigned,
     streamed_tokens,
 )
 from bench.figures import Options, Report
@@ -63,6 +64,21 @@ async def test_paced_tokens_come_at_their_pace_and_unpaced_ones_faster(stage: Sc
 async def test_l402_jobs_are_bought_one_after_the_other(stage: Scene):
     row = await l402_jobs.l402_jobs(stage, 2, seconds=1.5, warm_up_s=0.5)
     assert row["jobs/s"] > 0 and row["402 to answer p50 ms"] > 0
+    assert await stage.books_in_order()
+
+
+@on_stage
+async def test_the_way_from_a_settlement_to_the_worker_is_timed(stage: Scene):
+    row = await settled_to_assigned.settled_to_assigned(stage, seconds=0.3, warm_up=0)
+    assert row["payments"] >= 3 and 0 < row["p50 ms"] <= row["p90 ms"]
+    assert row["one commit p50 ms"] > 0 and row["one round trip p50 ms"] > 0
+    assert await stage.books_in_order()
+
+
+@on_stage
+async def test_buyers_lose_nothing_while_all_idle_workers_come_back_at_once(stage: Scene):
+    row = await idle_workers.reconnect_storm(stage, 20, calm_s=0.3)
+    assert row["workers"] == 20 and row["jobs/s in it"] > 0 and row["lost"] == 0
     assert await stage.books_in_order()
 
 

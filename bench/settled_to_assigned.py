@@ -1,0 +1,126 @@
+"""From the payment of an invoice until the worker has the job: what the router adds to the money's way.
+
+    python -m bench.settled_to_assigned [--quick] [--seconds S] [--json FILE]
+
+One buyer, one idle worker. The client is told to pay, pays at the simulated network, and the clock runs
+from the moment in which the network has settled the invoice (its answer to the payer leaves) until the
+worker's `assign` frame is read; both ends are in this process. In between the router hears of the
+settlement from its node, credits it, holds the fee, queues the job and claims it: two commits, of which
+the bench says how long one takes, on the same PostgreSQL in the same minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import asyncpg
+import orjson
+from websockets.asyncio.client import ClientConnection, connect
+
+from bench import load
+from bench.figures import Options, Report, Row, milliseconds, percentile, run
+from bench.load import Seen
+from bench.scene import Scene, scene
+
+PATH = "/v1/chat/completions"
+PATIENCE_S = 30.0
+
+
+async def measure(options: Options) -> Sequence[Report]:
+    """A PostgreSQL that syncs every commit, and one that does not."""
+    report = Report("from settlement to assign, one buyer")
+    for throw_away in (False, True):
+        async with scene(throw_away=throw_away) as stage:
+            row = await settled_to_assigned(stage, seconds=options.seconds)
+            report.rows.append({"PostgreSQL": "no fsync" if throw_away else "fsync", **row})
+            if not await stage.books_in_order():
+                raise RuntimeError("the books do not balance")
+    report.notes.append("target: p50 within 3 ms and one commit; the books balanced")
+    return [report]
+
+
+async def settled_to_assigned(stage: Scene, *, seconds: float, warm_up: int = 3) -> Row:
+    """One row: buy one answer after the other for so long."""
+    waits_s: list[float] = []
+    seen = Seen()
+    answers: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
+    async with _worker(stage) as assigned_at:
+        client = await load.open_client(stage.port, seen, lambda *told: answers.put_nowait(told))
+        until, number = time.perf_counter() + seconds, 0
+        while time.perf_counter() < until or len(waits_s) < 3:
+            number += 1
+            # Every request is another one: the same would be answered without paying again.
+            body = orjson.dumps(load.chat_body(max_tokens=8, stream=False) | {"seed": number})
+            client.send(load.http_request(PATH, body, {}))
+            status, said = await answers.get()
+            if status != 402:
+                raise RuntimeError(f"402 expected, got {status}: {said[:300]!r}")
+            await stage.pay(orjson.loads(said)["invoice"])
+            settled_at = time.perf_counter()
+            at = await asyncio.wait_for(assigned_at.get(), PATIENCE_S)
+            if number > warm_up:
+                waits_s.append(at - settled_at)
+        client.close()
+    commits_s, trips_s = await _commits_and_trips_s(stage)
+    return {
+        "payments": len(waits_s),
+        "p50 ms": milliseconds(percentile(waits_s, 0.5)),
+        "p90 ms": milliseconds(percentile(waits_s, 0.9)),
+        "one commit p50 ms": milliseconds(percentile(commits_s, 0.5)),
+        "one round trip p50 ms": milliseconds(percentile(trips_s, 0.5)),
+    }
+
+
+@asynccontextmanager
+async def _worker(stage: Scene) -> AsyncIterator[asyncio.Queue[float]]:
+    """A worker that notes when it was given a job, and answers it with one token."""
+    assigned_at: asyncio.Queue[float] = asyncio.Queue()
+    async with connect(stage.worker_url, max_size=None, compression=None) as socket:
+        await socket.send(load.registration(slots=4, ln_url=f"worker@{stage.ln_host}"))
+        await socket.recv()
+        serving = asyncio.create_task(_serve(socket, assigned_at))
+        try:
+            yield assigned_at
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+
+async def _serve(socket: ClientConnection, assigned_at: asyncio.Queue[float]) -> None:
+    async for message in socket:
+        at = time.perf_counter()
+        frame = orjson.loads(message)
+        if frame["type"] != "assign":
+            continue
+        assigned_at.put_nowait(at)
+        of = {"job_id": frame["job_id"], "attempt": frame["attempt"]}
+        await socket.send(orjson.dumps({"type": "chunk", **of, "seq": 0, "text": "ok"}).decode())
+        done = {"type": "finished", **of, "finish_reason": "stop"}
+        await socket.send(orjson.dumps(done).decode())
+
+
+async def _commits_and_trips_s(stage: Scene, times: int = 50) -> tuple[list[float], list[float]]:
+    """What a commit of one row takes on this PostgreSQL, and a question without one."""
+    connection = await asyncpg.connect(stage.database_url)
+    commits_s, trips_s = [], []
+    try:
+        await connection.execute("create table if not exists bench_commits (n int)")
+        for n in range(times):
+            began = time.perf_counter()
+            await connection.execute("insert into bench_commits values ($1)", n)
+            commits_s.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            await connection.fetchval("select $1::int", n)
+            trips_s.append(time.perf_counter() - began)
+        await connection.execute("drop table bench_commits")
+    finally:
+        await connection.close()
+    return commits_s, trips_s
+
+
+if __name__ == "__main__":
+    sys.exit(run(measure, __doc__))
