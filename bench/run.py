@@ -3,7 +3,8 @@
     python -m bench.run [--quick] [--full] [--seconds S] [--json FILE]       (= make bench)
 
 About six minutes, `--quick` about two. For figures that can be compared, let nothing else run.
-`python -m bench.peers` puts other gateways and queues beside, `python bench/worker_speed.py` measures the llama.cpp engine.
+`python -m bench.peers` puts other gateways and queues beside; `python bench/worker_speed.py` measures
+the llama.cpp engine.
 """
 
 from __future__ import annotations
