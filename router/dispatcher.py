@@ -213,12 +213,13 @@ class Dispatcher:
     async def dispatch_once(self) -> bool:
         """Match and claim once; True when another look may find more."""
         # Workers that are alike in their lanes may differ in what a job demands.
-        idle = self._fleet.idle(None if self._demanding() else MOST_ALIKE)
+        demanding = self._demanding()
+        idle = self._fleet.idle(None if demanding else MOST_ALIKE)
         if not idle:
             return False
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
         async with self._database.connection() as connection:
-            lanes = await lanes_of(connection, idle, demanding=self._demanding())
+            lanes = await lanes_of(connection, idle, demanding=demanding)
             floors = floors_of(lanes, idle)
             candidates = await heads(connection, lanes, most=most, floors=floors)
         pairs = match(candidates, self._fleet, self._commission_ppm(), idle)
