@@ -27,6 +27,11 @@ class Model:
     servable: bool
     raw: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """All that it does, where it does more than one thing."""
+        return [str(kind) for kind in self.raw.get("kinds") or ()]
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Model:
         return cls(
@@ -71,7 +76,7 @@ class Info:
 
     def first_model(self, kind: str = "text") -> Model | None:
         """A model of this kind: one that can be served now, before one that cannot."""
-        fitting = [model for model in self.models if model.kind == kind]
+        fitting = [model for model in self.models if kind in (model.kind, *model.kinds)]
         return next((model for model in fitting if model.servable), next(iter(fitting), None))
 
 
@@ -185,6 +190,12 @@ class Job:
         choices = (self.result or {}).get("choices") or [{}]
         message = choices[0].get("message") or {}
         return str(message.get("content") or choices[0].get("text") or "")
+
+    @property
+    def images(self) -> Sequence[Mapping[str, Any]]:
+        """The pictures of an image job, each with `b64_json` or `url`; none for other kinds."""
+        data = (self.result or {}).get("data") or []
+        return [entry for entry in data if entry.get("b64_json") or entry.get("url")]
 
     @property
     def credential(self) -> JobToken | None:

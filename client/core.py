@@ -19,7 +19,7 @@ from client.exchange import Answer, Flow, Patience, Request, ask, must
 from client.fee_policy import automatic_multiplier_for
 from client.following import Tracker, collect, fetch_job, follow
 from client.paying import paid_request
-from client.pricing import format_multiplier, parse_multiplier_milli
+from client.pricing import ONE_MILLI, format_multiplier, parse_multiplier_milli
 from client.purchase import (
     DEFAULT_MAX_FEE_MSAT,
     Terms,
@@ -33,6 +33,8 @@ from client.purchase import (
 Prompt = str | Sequence[Mapping[str, Any]] | None
 Multiplier = str | int | float | Decimal
 AUTO = "auto"
+# What a model must be able to do for a job that is not text.
+MODEL_KINDS = {kind: kind for kind in ("embedding", "image", "image_edit")}
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Ask:
     """One prompt and what its payer agrees to; the keyword arguments of `run` and its like.
 
     `fee_multiplier` or `offer_msat` buys a better place in the queue; `fee_multiplier="auto"` asks
-    `client.fee_policy`. `fields` are those of
+    `client.fee_policy`, and `times_auto` offers so many times what that says. `fields` are those of
     OpenAI's requests: max_tokens, temperature, stop, n, kind …
     """
 
@@ -48,6 +50,7 @@ class Ask:
     model: str | None = None
     models: Sequence[str] | None = None
     fee_multiplier: Multiplier | None = None
+    times_auto: Multiplier | None = None
     offer_msat: int | None = None
     max_fee_msat: int | None = DEFAULT_MAX_FEE_MSAT
     max_wait_s: int | None = None
@@ -62,6 +65,11 @@ class Ask:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a multiplier that is none, or given beside an offer."""
+        if self.times_auto is not None:
+            if self.fee_multiplier not in (None, AUTO):
+                raise ValueError("times_auto multiplies the automatic multiplier, not yours")
+            parse_multiplier_milli(self.times_auto)
+            self.fee_multiplier = AUTO
         if self.fee_multiplier is None:
             return
         if self.offer_msat is not None:
@@ -87,7 +95,15 @@ class Ask:
 
 
 _OWN_OPTIONS = frozenset(
-    {"model", "models", "fee_multiplier", "offer_msat", "max_fee_msat", "max_wait_s"}
+    {
+        "model",
+        "models",
+        "fee_multiplier",
+        "times_auto",
+        "offer_msat",
+        "max_fee_msat",
+        "max_wait_s",
+    }
 )
 
 
@@ -311,13 +327,16 @@ class Core:
             return asked
         info = yield from fetch_info(self.patience)
         if not models:
-            kind = "embedding" if asked.fields.get("kind") == "embedding" else "text"
+            kind = MODEL_KINDS.get(str(asked.fields.get("kind")), "text")
             model = info.first_model(kind)
             if model is None:
                 raise BadRequest(f"this router has no {kind} model", code="unknown_model")
             models = [model.id]
             asked = replace(asked, model=model.id)
         if asked.fee_multiplier == AUTO:
-            milli = max(automatic_multiplier_for(info, model_id) for model_id in models)
-            asked = replace(asked, fee_multiplier=format_multiplier(milli))
+            times = (
+                ONE_MILLI if asked.times_auto is None else parse_multiplier_milli(asked.times_auto)
+            )
+            milli = max(automatic_multiplier_for(info, m, times_milli=times) for m in models)
+            asked = replace(asked, fee_multiplier=format_multiplier(milli), times_auto=None)
         return asked

@@ -51,7 +51,8 @@ def job_body(
     """The body of a job. Text is one user's message, a list is the messages.
 
     `fields` are OpenAI's, and win; with `kind="completion"` the prompt stays a prompt, with
-    `kind="embedding"` it is the input. None as a value leaves a field out.
+    `kind="embedding"` it is the input, with `kind="image"` what to draw. None as a value leaves a
+    field out.
     """
     body: dict[str, Any] = {"kind": fields.get("kind") or "chat"}
     if models:
@@ -94,12 +95,18 @@ def check_quote(quote: Quote, body: Mapping[str, Any], terms: Terms) -> None:
             f"the fee is {quote.offer_msat} msat, the limit {limit_msat} msat",
             facts={"needed_msat": quote.offer_msat, "max_fee_msat": limit_msat},
         )
-    if quote.jobs > 1 or body.get("kind", "chat") not in ("chat", "completion", "embedding"):
+    kind = body.get("kind", "chat")
+    if quote.jobs > 1 or kind not in ("chat", "completion", "embedding", "image"):
         return
     if _has_images(body):
         return
     tokens = prompt_tokens(body)
-    due_msat = base_fee_msat(quote.rates, prompt_tokens=tokens, max_tokens=quote.max_tokens)
+    due_msat = base_fee_msat(
+        quote.rates,
+        prompt_tokens=tokens,
+        max_tokens=quote.max_tokens,
+        images=int(kind == "image"),
+    )
     asked_for = body.get("max_tokens")
     too_long = isinstance(asked_for, int) and quote.max_tokens > asked_for
     if quote.base_fee_msat > due_msat or too_long:
@@ -207,7 +214,7 @@ def bought_jobs(purchase: Purchase, patience: Patience) -> Flow[Purchase]:
 
 
 def _prompt_fields(kind: str, prompt: str | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if kind == "completion":
+    if kind in ("completion", "image", "image_edit"):
         return {"prompt": prompt}
     if kind == "embedding":
         return {"input": prompt}

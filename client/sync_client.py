@@ -134,8 +134,8 @@ class Client:
     ) -> Completion:
         """Quote, pay, wait and return the answer.
 
-        `options`: model, models, fee_multiplier, offer_msat, max_fee_msat, max_wait_s, and any
-        field of OpenAI's requests (see `Ask`).
+        `options`: model, models, fee_multiplier, times_auto, offer_msat, max_fee_msat, max_wait_s,
+        and any field of OpenAI's requests (see `Ask`).
         """
         flow = self._core.complete(Ask.of(prompt, options))
         return self.driver.run(flow, listener(on_event, on_position))

@@ -108,6 +108,20 @@ async def test_an_automatic_multiplier_follows_the_queue(either, server, queue_l
     assert completion.purchase.quote.multiplier == multiplier
 
 
+async def test_times_auto_offers_so_many_times_the_automatic_multiplier(either, server):
+    """LH-10: the options `Multiplier` and `Fee` of Llama-Herder's client."""
+    server.faults.model = {
+        "queue_length": 3,
+        "last_multiplier": "1.500",
+        "multiplier_to_be_next": "2.001",
+    }
+    completion = await either.do("run", PROMPT, times_auto="1.1")
+    assert completion.purchase.quote.multiplier == "1.659"  # 1.508 x 1.1
+    for mixed in ({"fee_multiplier": "2"}, {"offer_msat": 5000}):
+        with pytest.raises(ValueError, match=r"times_auto|not both"):
+            await either.do("run", PROMPT, times_auto="1.1", **mixed)
+
+
 async def test_a_router_without_a_fitting_model_is_told_before_anything_is_paid(either, server):
     server.faults.model = {"kind": "embedding"}
     with pytest.raises(BadRequest, match="no text model"):

@@ -10,8 +10,8 @@ import pytest
 
 from client import pricing
 from client.answers import Model
-from client.fee_policy import automatic_multiplier_milli, choose_offer_msat
-from client.pricing import Rates, format_multiplier, parse_multiplier_milli
+from client.fee_policy import automatic_multiplier_milli
+from client.pricing import Rates, format_multiplier, offer_msat, parse_multiplier_milli
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "pricing.json").read_text())
 
@@ -138,23 +138,17 @@ def test_clients_that_follow_the_policy_do_not_drive_the_price_up():
     assert last == 1000
 
 
-def test_an_automatic_offer_is_rounded_up():
+def test_half_a_percent_is_never_rounded_away():
+    """E2-24: a small fee gets its bump too."""
     busy = model(last="1.000", to_be_next="2", queue_length=1)
-    assert choose_offer_msat(1081, busy) == 1087  # 1086.405
+    assert automatic_multiplier_milli(busy) == 1005
+    assert offer_msat(1081, multiplier_milli=1005) == 1087  # 1086.405
 
 
-def test_a_fee_replaces_and_a_multiplier_multiplies():
+def test_a_multiplier_multiplies_what_is_automatic():
+    """LH-10: its `Multiplier`, rounded up and within what a router takes."""
     busy = model(last="1.000", to_be_next="2", queue_length=1)
-    assert choose_offer_msat(1081, busy, fee_msat=1500) == 1500
-    assert choose_offer_msat(1081, busy, multiplier="1.1") == 1196  # 1195.0455
-
-
-def test_a_fee_below_the_base_fee_is_refused():
-    with pytest.raises(ValueError, match="at least 1081"):
-        choose_offer_msat(1081, model(last="1", to_be_next="1", queue_length=0), fee_msat=1080)
-
-
-def test_a_fee_and_a_multiplier_together_are_refused():
-    idle = model(last="1", to_be_next="1", queue_length=0)
-    with pytest.raises(ValueError, match="not both"):
-        choose_offer_msat(1081, idle, fee_msat=2000, multiplier=2)
+    assert automatic_multiplier_milli(busy, times_milli=1100) == 1106  # 1105.5
+    idle = model(last="3", to_be_next="1", queue_length=0)
+    assert automatic_multiplier_milli(idle, times_milli=1100) == 1100
+    assert automatic_multiplier_milli(busy, times_milli=1_000_000) == 1_000_000

@@ -18,11 +18,13 @@ from client.errors import (
     PaymentNeeded,
     Unavailable,
     Unreachable,
+    WrongQuote,
 )
 from client.events import Position
 from client.purchase import Terms, check_quote
 from tests.paying_clients import PATIENCE, PROMPT, keyed, paying, serving
 from tests.router_rig import MODEL, Rig
+from tests.test_openai_images import PAINTER, PIXEL, paint
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "pricing.json").read_text())
 KINDS = {"messages": "chat", "prompt": "completion", "input": "embedding"}
@@ -39,6 +41,19 @@ async def test_a_prompt_is_paid_by_lightning_and_settled(router: Rig):
     assert completion.charged_msat + completion.refunded_msat == purchase.quote.offer_msat
     assert balance.balance_msat == purchase.paid_msat - completion.charged_msat
     assert (await router.books()).in_order
+
+
+async def test_a_picture_is_bought_like_a_prompt_and_its_price_is_checked(router: Rig):
+    async with router.worker(models=PAINTER) as worker, paying(router) as client:
+        bought = client.run("a brave rabbit", kind="image", size="64x64")
+        completion, _ = await asyncio.gather(bought, paint(worker))
+    (job,) = completion.jobs
+    assert [picture["b64_json"] for picture in job.images] == [PIXEL] and job.text == ""
+    assert completion.charged_msat == completion.purchase.quote.offer_msat
+    dearer = replace(completion.purchase.quote, base_fee_msat=completion.charged_msat + 1)
+    asked = {"kind": "image", "prompt": "a brave rabbit"}
+    with pytest.raises(WrongQuote):
+        check_quote(dearer, asked, Terms(max_fee_msat=None))
 
 
 async def test_the_synchronous_client_does_the_same(router: Rig):
@@ -288,15 +303,18 @@ async def test_refusals_come_before_anything_is_paid(router: Rig):
 async def test_router_and_client_count_every_published_request_the_same(router: Rig):
     """Each request of the published vectors, quoted by a router and held against the rules."""
     counted = 0
+    by_kind = {"embedding": "vectors", "image": "painter", "image_edit": "painter"}
     models = [
         {"id": MODEL, "kind": "text", "context_length": 10_000, "max_tokens": 100},
         {"id": "vectors", "kind": "embedding", "context_length": 10_000},
+        *PAINTER,
     ]
     async with router.worker(models=models), paying(router) as client:
         for vector in VECTORS["prompt_tokens"]:
             request = {**vector["request"], "max_tokens": 8}
-            kind = next(kind for field, kind in KINDS.items() if field in request)
-            request["model"] = "vectors" if kind == "embedding" else MODEL
+            guessed = (kind for field, kind in KINDS.items() if field in request)
+            kind = request.pop("kind", None) or next(guessed)
+            request["model"] = by_kind.get(kind, MODEL)
             try:
                 quote = await client.quote(kind=kind, **request)
             except BadRequest as error:
