@@ -11,6 +11,7 @@ round. Accounts are names; docs/money.md lists them with an example for each tra
     liabilities:payouts_sending           on its way out
     liabilities:unassigned                receipts that match no invoice of ours
     income:router_fees   expenses:routing_fees   expenses:goodwill   expenses:node_fees
+    expenses:checks                       jobs that the operator buys to check workers
     equity:operator                       the operator's own money in the node
 
 A transfer's id is made by its caller from what it is about (`transfer_id`), so posting it twice is
@@ -35,6 +36,7 @@ ROUTER_FEES = "income:router_fees"
 ROUTING_FEES = "expenses:routing_fees"
 GOODWILL = "expenses:goodwill"
 NODE_FEES = "expenses:node_fees"
+CHECKS = "expenses:checks"
 OPERATOR = "equity:operator"
 
 _LIABILITY = "liabilities:"
@@ -42,6 +44,14 @@ _LIABILITY = "liabilities:"
 
 def client(account_id: str) -> str:
     return f"liabilities:client:{account_id}"
+
+
+def payer(account_id: str) -> str:
+    """What a job is paid from, and what is left of its escrow returns to.
+
+    One that checks workers has no payer: in place of his account stands the operator's expense.
+    """
+    return account_id if account_id == CHECKS else client(account_id)
 
 
 def escrow(job_id: str) -> str:

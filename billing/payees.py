@@ -33,7 +33,7 @@ class PayeeStatus(StrEnum):
 @dataclass(frozen=True, slots=True)
 class PayeeAddress:
     """What a worker may know of its own address. `next_ln_url` counts from `next_ln_url_at` on, and
-    None there means that it will be unpaid."""
+    None there means that it will be unpaid. `held_until`: its money waits until then."""
 
     ln_url: str | None
     next_ln_url: str | None
@@ -41,6 +41,7 @@ class PayeeAddress:
     status: PayeeStatus
     failure_code: str | None
     next_try_at: datetime | None
+    held_until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ async def get_address(connection: Any, payee_id: str, *, now: datetime) -> Payee
         return None
     if row["next_ln_url_at"] is not None and row["next_ln_url_at"] <= now:
         status = PayeeStatus.PAYABLE if row["next_ln_url"] else PayeeStatus.UNPAID
-        return PayeeAddress(row["next_ln_url"], None, None, status, None, None)
+        return PayeeAddress(row["next_ln_url"], None, None, status, None, None, row["held_until"])
     return PayeeAddress(
         ln_url=row["ln_url"],
         next_ln_url=row["next_ln_url"],
@@ -96,6 +97,7 @@ async def get_address(connection: Any, payee_id: str, *, now: datetime) -> Payee
         status=_status(row, now),
         failure_code=row["failure_code"],
         next_try_at=row["next_try_at"],
+        held_until=row["held_until"],
     )
 
 
@@ -120,6 +122,7 @@ select p.id, p.ln_url, b.balance_msat
 from payees p join ledger_balances b on b.account = $2 || p.id
 where p.ln_url is not null and b.balance_msat >= $4
   and (p.next_try_at is null or p.next_try_at <= $1)
+  and (p.held_until is null or p.held_until <= $1)
   and (b.balance_msat >= $3 or p.owed_since <= $5)
   and p.id <> all($6::text[])
   and not exists (
@@ -177,6 +180,11 @@ async def postpone(connection: Any, payee_id: str, code: str, until: datetime) -
     await connection.execute(
         "update payees set next_try_at = $2, failure_code = $3 where id = $1", payee_id, until, code
     )
+
+
+async def hold(connection: Any, payee_id: str, until: datetime | None) -> None:
+    """Let a payee wait for its money until then, or, with None, no longer. What is owed stays owed."""
+    await connection.execute("update payees set held_until = $2 where id = $1", payee_id, until)
 
 
 async def note_paid(connection: Any, payee_id: str) -> None:

@@ -156,6 +156,7 @@ class Payee(SQLModel, table=True):
     failing_since: datetime | None = Field(default=None, sa_column=_time())
     failure_code: str | None = Field(default=None, sa_column=Column(Text))
     next_try_at: datetime | None = Field(default=None, sa_column=_time())
+    held_until: datetime | None = Field(default=None, sa_column=_time())
     created_at: datetime = Field(sa_column=_now())
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.admin_access import Access, fail, segment, table
+from cli.admin_checks import checks_app
 from cli.admin_money import ledger_app
 from cli.admin_work import jobs_app, payouts_app, workers_app
 
@@ -38,6 +39,7 @@ app.add_typer(workers_app, name="workers")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(payouts_app, name="payouts")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(checks_app, name="checks")
 
 _SHARED = {"--router-url": True, "--token": True, "--data-dir": True, "--json": False}
 

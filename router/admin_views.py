@@ -193,6 +193,7 @@ def _worker(core: Core, row: Any) -> dict[str, Any]:
         "jobs_failed": row["jobs_failed"] + (live.failed if live else 0),
         "tokens": row["tokens"] + (live.tokens if live else 0),
         "reliability": round(live.reliability if live else row["reliability"], 4),
+        "quality": round(row["quality"], 4),
         "speeds": live.speeds if live else json.loads(row["speeds"]),
         "dropped_frames": session.dropped_frames if session else 0,
         "ln_url": row["ln_url"],

@@ -42,6 +42,7 @@ from router import (
 )
 from router.api import (
     admin,
+    admin_checks,
     admin_money,
     admin_work,
     balance,
@@ -72,6 +73,7 @@ from router.api.shortcut import Shortcut
 from router.asks import Asks
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
+from router.checks import Checks
 from router.core import Core
 from router.database import BatchingWriter, Database, DatabaseUnavailable, migrate, patiently
 from router.dispatcher import Dispatcher
@@ -166,6 +168,7 @@ def create_app(
         admin,
         admin_money,
         admin_work,
+        admin_checks,
         operations,
     )
     for door in doors:
@@ -345,6 +348,14 @@ def _join(
         reconciled=lambda: reconciler.ready,
     )
     asks = Asks()
+    limits = Limits(
+        max_n=settings.max_n,
+        image_prompt_tokens=settings.image_prompt_tokens,
+        max_multiplier=settings.max_multiplier,
+        max_wait_s=settings.max_wait_s,
+        outside=outside,
+    )
+    quotes = Quotes(database, settings, models, backend, watcher, network=node.network, clock=clock)
     gate = WorkerGate(database, settings, fleet, models, attempts, addresses, asks, clock=clock)
     dispatcher = Dispatcher(
         database,
@@ -385,13 +396,7 @@ def _join(
     core = Core(
         settings=settings,
         runtime=RuntimeSettings(settings),
-        limits=Limits(
-            max_n=settings.max_n,
-            image_prompt_tokens=settings.image_prompt_tokens,
-            max_multiplier=settings.max_multiplier,
-            max_wait_s=settings.max_wait_s,
-            outside=outside,
-        ),
+        limits=limits,
         router_id=this_router,
         clock=clock,
         database=database,
@@ -421,9 +426,7 @@ def _join(
         fleet=fleet,
         models=models,
         market=market,
-        quotes=Quotes(
-            database, settings, models, backend, watcher, network=node.network, clock=clock
-        ),
+        quotes=quotes,
         jobs=job_core,
         attempts=attempts,
         relay=relay,
@@ -436,6 +439,17 @@ def _join(
         pull_gate=pull_gate,
         maintenance=maintenance,
         webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
+        checks=Checks(
+            database,
+            settings,
+            models,
+            quotes,
+            job_core,
+            attempts.reputation,
+            limits,
+            may_buy=lambda: not core.draining and core.runtime.paused is None,
+            clock=clock,
+        ),
     )
     attempts.on_work = partial(_on_work, core)
     relay.on_work = core.dispatcher.wake
@@ -478,6 +492,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         core.projects,
         core.payouts,
         core.webhooks,
+        core.checks,
     ):
         part.start()
         stack.push_async_callback(_stop, part.stop)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from billing.fee_schedule import FeeSchedule
 from billing.fees import ONE_MILLI, Rates
 from billing.msat import ceil_div
+from router import demands
 from router.job_queue import Candidate
 from router.lanes import ANY_MODEL
 from router.workers import NEVER_MILLI, Worker
@@ -67,7 +68,10 @@ def accepts(worker: Worker, candidate: Candidate, commission_ppm: int) -> bool:
         return True
     model = worker.model_for(candidate.lane)
     ask = worker.min_fees.get(model)
-    kind = next((m.kind for m in worker.models if m.id == model and m.kind in candidate.lane), None)
+    plain = demands.without(candidate.lane)
+    kind = next(
+        (m.kind for m in worker.models if m.id == model and plain.startswith(f"{m.kind}/")), None
+    )
     if ask is None or kind is None:
         return True
     rates = _rates_for(candidate.choices, candidate.rates, model)

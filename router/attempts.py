@@ -129,7 +129,7 @@ class Attempts:
         conditions = conditions_of(claimed.spec)
         running = RunningAttempt(claimed, worker, stream, stop, conditions=conditions)
         self.running[claimed.job_id] = running
-        self.given.note(claimed, worker)
+        self.given.note(self._models.lanes_of(claimed), claimed.model, worker)
         self._market.last_multiplier_milli[claimed.model] = claimed.multiplier_milli
         self._market.touch()
         self.on_started(claimed)

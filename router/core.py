@@ -15,6 +15,7 @@ from billing.reconciliation import Reconciler
 from billing.withdrawals import Withdrawals
 from router.asks import Asks
 from router.attempts import Attempts
+from router.checks import Checks
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
@@ -78,4 +79,5 @@ class Core:
     pull_gate: PullGate
     maintenance: Maintenance
     webhooks: Webhooks
+    checks: Checks
     draining: bool = False

@@ -236,7 +236,7 @@ def _settle(row: Ending, now: Any) -> list[Transfer]:
     to = [
         (ledger.worker(row.payee or ""), parts.worker_msat, "earned"),
         (ledger.ROUTER_FEES, parts.router_msat, "commission"),
-        (ledger.client(now["account_id"]), parts.refund_msat, "refund"),
+        (ledger.payer(now["account_id"]), parts.refund_msat, "refund"),
     ]
     escrow = ledger.escrow(row.job_id)
     return [Transfer(escrow, account, msat, code, row.job_id) for account, msat, code in to]

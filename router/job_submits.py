@@ -148,7 +148,7 @@ async def _refuse_uncovered(connection: Any, rows: list[Submission], results: li
     wanted = {ledger.client(row.account_id) for row, r in zip(rows, results, strict=True) if not r}
     left = await ledger.lock_balances(connection, wanted)
     for i, row in enumerate(rows):
-        if results[i] is not None:
+        if results[i] is not None or row.account_id == ledger.CHECKS:
             continue
         account = ledger.client(row.account_id)
         balance = left.get(account, 0)
@@ -247,7 +247,7 @@ async def _queue_new(connection: Any, pairs: list[tuple[Submission, NewJob]], st
 
 
 def _hold(account_id: str, job_id: str, amount_msat: int) -> Transfer:
-    return Transfer(ledger.client(account_id), ledger.escrow(job_id), amount_msat, "hold", job_id)
+    return Transfer(ledger.payer(account_id), ledger.escrow(job_id), amount_msat, "hold", job_id)
 
 
 async def store_awaiting(

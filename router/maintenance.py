@@ -343,12 +343,11 @@ class Maintenance:
                 failed + (before.failed if before else 0),
                 tokens + (before.tokens if before else 0),
                 worker.standing.reliability,
-                worker.standing.quality,
                 {**(before.speeds if before else {}), **worker.speeds},
             )
         for worker_id, faults in forgiven.items():
             standing = self._attempts.reputation.standing(worker_id)
-            empty = News(worker_id, 0, 0, 0, standing.reliability, standing.quality, {})
+            empty = News(worker_id, 0, 0, 0, standing.reliability, {})
             known = news.get(worker_id, empty)
             news[worker_id] = replace(known, failed=known.failed - faults)
         return list(news.values())

@@ -160,6 +160,21 @@ class Settings(BaseSettings):
         description="The router's part of each charge, in parts per million.",
     )
 
+    check_every_s: int = Field(
+        default=0,
+        ge=0,
+        description="How often a job is bought that checks workers (`satherd admin checks`);"
+        " 0: never.",
+    )
+    check_budget_msat: int = Field(
+        default=1_000_000, ge=0, description="The most that such jobs may cost in 24 hours."
+    )
+    failed_checks_hold_s: int = Field(
+        default=604_800,
+        ge=0,
+        description="How long a worker waits for its money whose answers fail checks; 0: not at all.",
+    )
+
     default_max_tokens: int = Field(
         default=1024,
         ge=1,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from billing.fees import format_multiplier
 from router import demands
-from router.job_records import Claimed
 from router.lanes import ANY_MODEL, answer_limit
 from router.queue_counts import Step
 from router.workers import NEVER_MILLI, Worker
@@ -45,6 +44,7 @@ def skips(worker: Worker | None, steps: Iterable[Step]) -> list[Skip]:
     ask_too_high               facts: the multiplier that its ask comes to, and the highest that waits
     model_not_served           facts: the models
     demands_not_met            a gpu_filter, or a request larger than it takes
+    pinned_elsewhere           they are for one other worker
     context_too_short          facts: the context needed by the longest class, and its own
     max_tokens_too_low         facts: the same for the answer
     """
@@ -79,8 +79,9 @@ def _skip_lane(
 ) -> tuple[str | None, dict[str, Any]]:
     if worker is None:
         return "offline", {}
-    if not worker.traits.meet(demands.of_lane(lane)):
-        return "demands_not_met", {}
+    demand = demands.of_lane(lane)
+    if not worker.traits.meet(demand):
+        return "pinned_elsewhere" if demand.worker else "demands_not_met", {}
     kind, context, answer, model = demands.without(lane).split("/", 3)
     able = [m for m in worker.models if m.kind == kind and model in (m.id, ANY_MODEL)]
     unnamed = None if able else worker.serves(ModelKind(kind), model)
@@ -106,10 +107,10 @@ def _skip_lane(
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A job that was given to a worker; `at` is monotonic."""
+    """A job that was given to a worker; `at` is monotonic. Nothing of what was asked is kept."""
 
     at: float
-    claimed: Claimed
+    lanes: frozenset[str]
     worker_id: str
     tokens_per_s: float | None
     score: float
@@ -121,14 +122,13 @@ class GivenJobs:
     def __init__(self) -> None:
         self._given: deque[Given] = deque(maxlen=GIVEN_KEPT)
 
-    def note(self, claimed: Claimed, worker: Worker) -> None:
-        speed = worker.speeds.get(claimed.model)
+    def note(self, lanes: Iterable[str], model: str, worker: Worker) -> None:
+        """A job that waited in these lanes goes to a worker."""
+        speed = worker.speeds.get(model)
         now = worker.filled_at = time.monotonic()
-        self._given.append(Given(now, claimed, worker.id, speed, worker.standing.score))
+        self._given.append(Given(now, frozenset(lanes), worker.id, speed, worker.standing.score))
 
-    def to_others(
-        self, worker: Worker, lanes_of: Callable[[Claimed], Sequence[str]]
-    ) -> Skip | None:
+    def to_others(self, worker: Worker) -> Skip | None:
         """What went to others while this worker could have had it; None: nothing."""
         since = max(worker.freed_at, worker.connected_at, time.monotonic() - RECENT_S)
         # Since its last job ended it has only filled up: it had room until it was full.
@@ -138,7 +138,7 @@ class GivenJobs:
             for given in self._given
             if since <= given.at < until
             and given.worker_id != worker.id
-            and any(map(worker.drains, lanes_of(given.claimed)))
+            and any(worker.drains(lane) for lane in given.lanes)
         ]
         if not lost:
             return None

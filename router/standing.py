@@ -85,9 +85,11 @@ class Standing:
         return max(0.0, self.rests_until - time.monotonic()) if self.rests_until else 0.0
 
     def resume(self, reliability: float, quality: float) -> None:
-        """The worker is back. What the database says counts, unless it was here a moment ago."""
+        """The worker is back. What the database says counts; of its reliability, unless it was here a
+        moment ago."""
+        self.quality = quality
         if time.monotonic() - self.at > KNOWN_BETTER_S:
-            self.reliability, self.quality = reliability, quality
+            self.reliability = reliability
 
     @property
     def in_a_row(self) -> int:

@@ -10,6 +10,7 @@
     job_chunks what a running job has said so far, for readers that come late
     workers    who serves, with its record
     worker_events  what was noted about a worker
+    check_prompts, checks  what workers are checked with, and what came of it
     webhooks   who is to be told that a job has ended, until he has been told
     receipt_keys  the public keys of all routers that ever signed receipts here
     door_ids   what opens a job at a door where clients ask again and again
@@ -302,6 +303,40 @@ class WorkerEventRow(SQLModel, table=True):
     code: str = Field(sa_column=Column(Text, nullable=False))
     job_id: str | None = Field(default=None, sa_column=Column(Text))
     facts: dict = Field(sa_column=Column(JSONB, nullable=False))
+
+
+class CheckPrompt(SQLModel, table=True):
+    """A prompt of the operator's to check workers with. `expected` is a JSON list of texts, or null:
+    then answers are held against one another. `model` null: any."""
+
+    __tablename__ = "check_prompts"
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    prompt: str = Field(sa_column=Column(Text, nullable=False))
+    expected: str | None = Field(default=None, sa_column=Column(Text))
+    model: str | None = Field(default=None, sa_column=Column(Text))
+    max_tokens: int = Field(sa_column=Column(Integer, nullable=False))
+    created_at: datetime = Field(sa_column=_now())
+
+
+class CheckRow(SQLModel, table=True):
+    """One job that checks a worker. `worker_id` and `answer` once it was answered; `score` null in one
+    that says nothing."""
+
+    __tablename__ = "checks"
+    __table_args__ = (
+        Index("checks_open", "created_at", postgresql_where=text("scored_at is null")),
+        Index("checks_prompt", "prompt_id", "created_at"),
+        Index("checks_worker", "worker_id", "created_at"),
+    )
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    prompt_id: str = Field(sa_column=Column(Text, nullable=False))
+    job_id: str = Field(sa_column=Column(Text, nullable=False, unique=True))
+    worker_id: str | None = Field(default=None, sa_column=Column(Text))
+    model: str | None = Field(default=None, sa_column=Column(Text))
+    answer: str | None = Field(default=None, sa_column=Column(Text))
+    score: float | None = Field(default=None, sa_column=Column(Float))
+    scored_at: datetime | None = Field(default=None, sa_column=_time())
+    created_at: datetime = Field(sa_column=_now())
 
 
 class IdempotencyRow(SQLModel, table=True):

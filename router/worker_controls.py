@@ -35,12 +35,14 @@ async def follow(core: Core) -> None:
     """Bring the workers connected here in line with what was ordered at another router."""
     async with core.database.connection() as connection:
         rows = await connection.fetch(
-            "select id, draining, banned_at is not null as banned from workers"
+            "select id, draining, quality, banned_at is not null as banned from workers"
             " where id = any($1::text[])",
             [worker.id for worker in core.fleet.all()],
         )
     for row in rows:
         worker = core.fleet.get(row["id"])
+        if worker is not None:
+            worker.standing.quality = row["quality"]
         if row["banned"]:
             cut_off(core, row["id"], "banned")
         elif worker is not None and worker.told_to_drain != row["draining"]:

@@ -59,13 +59,15 @@ async def own_view(core: Core, row: Any) -> dict[str, Any]:
     due_at = next_due_at(
         core.payouts.settings, address, owed_msat=sums.pending_msat, owed_since=owed_since, now=now
     )
-    blocked = _blocked(address, control.paused_why, control.blocked)
+    blocked = _blocked(address, control.paused_why, control.blocked, now)
     next_payout: dict[str, Any] = {
         "due_at": time_text(due_at),
         "threshold_msat": core.payouts.settings.threshold_msat,
     }
     if blocked is not None:
         next_payout["blocked"] = blocked
+    if address is not None and address.held_until is not None and address.held_until > now:
+        next_payout["held_until"] = time_text(address.held_until)
     return {
         "worker_id": worker_id,
         "name": row["name"],
@@ -127,16 +129,21 @@ def next_due_at(
     due_at = now
     if owed_msat < settings.threshold_msat:
         due_at = (owed_since or now) + timedelta(seconds=settings.interval_s)
-    return max(due_at, address.next_try_at or due_at)
+    return max(due_at, address.next_try_at or due_at, address.held_until or due_at)
 
 
 def _blocked(
-    address: PayeeAddress | None, paused_why: str | None, blocked: payout_control.Blocked | None
+    address: PayeeAddress | None,
+    paused_why: str | None,
+    blocked: payout_control.Blocked | None,
+    now: datetime,
 ) -> str | None:
     if address is None or address.ln_url is None:
         return "no_address"
     if paused_why is not None:
         return "payouts_paused"
+    if address.held_until is not None and address.held_until > now:
+        return "checks_failed"
     return blocked.value if blocked else address.failure_code
 
 
@@ -176,7 +183,7 @@ def _skips(core: Core, row: Any, live: Worker | None) -> list[Skip]:
     if row["banned_at"] is not None:
         found = [Skip("banned", sum(s.count for s in found), {"reason": row["ban_reason"]})]
     if live is not None:
-        lost = core.attempts.given.to_others(live, core.models.lanes_of)
+        lost = core.attempts.given.to_others(live)
         found += [lost] if lost else []
     # These two stop what would come, so there is nothing to count.
     if core.runtime.paused is not None:

@@ -413,28 +413,26 @@ class News:
     failed: int
     tokens: int
     reliability: float
-    quality: float
     speeds: dict[str, float]
 
 
 async def keep_records(connection: Any, news: Iterable[News]) -> None:
     """Write what was observed of workers; each may come once."""
     rows = [
-        (n.worker_id, n.done, n.failed, n.tokens, n.reliability, n.quality, json.dumps(n.speeds))
-        for n in news
+        (n.worker_id, n.done, n.failed, n.tokens, n.reliability, json.dumps(n.speeds)) for n in news
     ]
     if not rows:
         return
     await connection.execute(
         "update workers w set jobs_done = w.jobs_done + t.done,"
         " jobs_failed = greatest(0, w.jobs_failed + t.failed), tokens = w.tokens + t.tokens,"
-        " reliability = t.reliability, quality = t.quality, speeds = w.speeds || t.speeds::jsonb,"
+        " reliability = t.reliability, speeds = w.speeds || t.speeds::jsonb,"
         # One that pulls is seen when it asks, and stays in the fleet for a while after that.
         " last_seen_at = case when exists (select 1 from pull_workers p where p.worker_id = w.id)"
         " then w.last_seen_at else now() end"
         " from unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[],"
-        " $5::float8[], $6::float8[], $7::text[])"
-        " t(id, done, failed, tokens, reliability, quality, speeds) where w.id = t.id",
+        " $5::float8[], $6::text[])"
+        " t(id, done, failed, tokens, reliability, speeds) where w.id = t.id",
         *(list(column) for column in zip(*rows, strict=True)),
     )
 
