@@ -278,9 +278,10 @@ class Fleet:
     def idle(self, most_each: int | None = None) -> list[Worker]:
         """Workers that can be handed a job now; those that pull come for theirs.
 
-        `most_each`: not more than so many that are alike, without going through all workers.
+        `most_each`: not more than so many that are alike, and without going through all workers
+        where they are more than that.
         """
-        if most_each is not None:
+        if most_each is not None and len(self._workers) > most_each:
             return self._room.idle(most_each)
         return [w for w in self._workers.values() if not w.pulls and w.free_slots > 0]
 

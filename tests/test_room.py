@@ -48,11 +48,17 @@ def test_whoever_has_waited_longest_is_looked_at_first_and_nobody_is_forgotten()
 
 
 def test_a_worker_whose_rest_is_over_is_found_when_all_are_gone_through():
-    fleet = _fleet(one := worker("w", resting=True))
+    all_of_them = [worker(f"w{i}", resting=True) for i in range(MANY)]
+    fleet = _fleet(*all_of_them)
     assert fleet.idle(5) == []
-    one.resting = False
+    all_of_them[7].resting = False
     fleet.look_for_room()
-    assert _ids(fleet.idle(5)) == {"w"}
+    assert _ids(fleet.idle(5)) == {"w7"}
+    few = _fleet(one := worker("w", resting=True))
+    assert few.idle(5) == []
+    one.resting = False
+    # A few are simply gone through.
+    assert few.idle(5) == [one]
 
 
 def test_workers_that_left_that_pull_or_that_have_moved_to_other_lanes_are_not_mixed_up():
