@@ -16,6 +16,7 @@ from bench import (
     claim,
     idle_workers,
     l402_jobs,
+    memory,
     overload,
     paid_jobs,
     settled_to_assigned,
@@ -30,6 +31,7 @@ BENCHES = (
     settled_to_assigned,
     claim,
     idle_workers,
+    memory,
     overload,
 )
 

@@ -18,6 +18,7 @@ from bench import (
     idle_workers,
     l402_jobs,
     load,
+    memory,
     overload,
     paid_jobs,
     peer_processes,
@@ -80,6 +81,13 @@ async def test_buyers_lose_nothing_while_all_idle_workers_come_back_at_once(stag
     row = await idle_workers.reconnect_storm(stage, 20, calm_s=0.3)
     assert row["workers"] == 20 and row["jobs/s in it"] > 0 and row["lost"] == 0
     assert await stage.books_in_order()
+
+
+@on_stage
+async def test_memory_is_looked_at_eight_times_on_the_way(stage: Scene):
+    rows = await memory.memory(stage, 80)
+    assert [row["jobs"] >= 10 * look for look, row in enumerate(rows, 1)] == [True] * 8
+    assert all(row["MiB"] > 10 for row in rows) and rows[0]["growth"] is None
 
 
 @on_stage
