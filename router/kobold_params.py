@@ -88,10 +88,12 @@ def parse(
     bounds: Bounds,
     limits: Limits,
     terms: Terms,
+    worker: str | None = None,
 ) -> Request:
     """The jobs of a request, `n` of them, each for any of `models` (none named: for any at all).
 
-    Raises BadRequest that names the field of `params` at fault.
+    `worker`: the id of the only one that may have them. Raises BadRequest that names the field of
+    `params` at fault.
     """
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
@@ -115,6 +117,8 @@ def parse(
             name: body[name] for name in ("fee_multiplier", "webhook") if body.get(name) is not None
         },
     }
+    if worker is not None:
+        plain["gpu_filter"] = {"worker_id": worker}
     if params.get("fee_multiplier") is not None:
         # Some clients let people add to `params` and to nothing else.
         plain.setdefault("fee_multiplier", params["fee_multiplier"])

@@ -184,6 +184,8 @@ def test_each_example_body_belongs_to_an_operation() -> None:
         ("/v1/chat/completions", 402),
         ("/v1/completions", 402),
         ("/balance/topups", 201),
+        ("/generate/prompt", 402),
+        ("/api/v2/generate/text/async", 402),
     ],
 )
 async def test_an_example_body_is_accepted_as_it_stands(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from billing.ledger import worker as worker_account
 from router.pull_sessions import STALE_S, PullSession
 from tests.door_tools import CHAT, post_job, set_rates, until_state
 from tests.poll_tools import (
+    HORDE_PROMPT,
     apikey,
     horde_prompt,
     horde_status,
@@ -22,7 +25,7 @@ from tests.poll_tools import (
     until_done,
 )
 from tests.pull_stand_ins import ClusterBridge, HordeBridge, KoboldCpp
-from tests.router_rig import MODEL, Rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
 
 POP, SUBMIT = "/api/v2/generate/text/pop", "/api/v2/generate/text/submit"
 
@@ -143,6 +146,44 @@ async def test_two_doors_jobs_are_served_in_the_order_of_their_multipliers(route
     assert [payload["prompt"] for payload in puller.payloads] == ["J 4", "H 3", "K 2"]
     async with router.worker() as native:
         assert [(await native.serve())["job"]["prompt"] for _ in range(2)] == ["K 1", "H 1"]
+
+
+async def test_a_request_for_one_worker_goes_to_that_one(router: Rig):
+    """AH-1: `workers`; several cannot be named here, and that is said."""
+    one, two = (KoboldCpp(router, a_key(), name=name) for name in ("one", "two"))
+    await one.pop()
+    await two.pop()
+    path = "/api/v2/workers/name/"
+    ids = [(await router.http.get(path + name)).json()["id"] for name in ("one", "two")]
+    request_id = await horde_prompt(router, await apikey(router), workers=[ids[1]], models=[])
+    assert not await one.once()
+    assert await two.once()
+    status = await until_done(router, request_id, horde=True)
+    assert status["generations"][0]["worker_id"] == ids[1]
+    many = await router.http.post(
+        "/api/v2/generate/text/async",
+        json=HORDE_PROMPT | {"workers": ids},
+        headers=await apikey(router),
+    )
+    assert (many.status_code, set(many.json()["errors"])) == (400, {"workers"})
+
+
+async def test_a_pull_worker_is_paid_at_its_address(tmp_path: Path, database_url: str):
+    """From a Kobold client's key to the worker's wallet, over the simulated network."""
+    async with running_rig(tmp_path, database_url, payout_threshold_msat=1000) as router:
+        worker = KoboldCpp(router, a_key(), name=f"gpu1 alice@{router.lnurl_host}")
+        await worker.pop()
+        for _ in range(3):
+            await kobold_prompt(router, await apikey(router))
+            assert await worker.once()
+        mine = session(router).worker.id
+        async with asyncio.timeout(PATIENCE_S):
+            while not await router.query(
+                "select 1 from payouts where account = $1 and state = 'paid'", worker_account(mine)
+            ):
+                router.core.payouts.wake()
+                await asyncio.sleep(0.1)
+        assert (await router.books()).in_order
 
 
 # --- limits and skip reasons --------------------------------------------------------------------

@@ -86,7 +86,7 @@ async def _wanted(core: Core, request: Request, body: dict[str, Any]) -> request
     if not isinstance(params, Mapping):
         raise BadRequest("params must be an object", param="params")
     _check(body, params)
-    wanted = kobold_params.parse(
+    return kobold_params.parse(
         Door.HORDE,
         body,
         params=params,
@@ -94,9 +94,8 @@ async def _wanted(core: Core, request: Request, body: dict[str, Any]) -> request
         bounds=BOUNDS,
         limits=core.limits,
         terms=purchase.terms(core, request),
+        worker=await _only_worker(core, body.get("workers")),
     )
-    await _check_workers(core, body.get("workers"))
-    return wanted
 
 
 def _check(body: Mapping[str, Any], params: Mapping[str, Any]) -> None:
@@ -146,12 +145,13 @@ def _over(length: Any, default_length: int, context: Any, default_context: int) 
     return numbers[0] > numbers[1]
 
 
-async def _check_workers(core: Core, named: Any) -> None:
-    """Workers may be named, of those that there are (AH-3)."""
+async def _only_worker(core: Core, named: Any) -> str | None:
+    """The worker that a request is for, of those that there are (AH-3). Raises HordeRefusal."""
     if not named:
-        return
+        return None
     if not isinstance(named, list):
         raise BadRequest("workers must be a list of ids", param="workers")
+    ids: list[str] = []
     for name in named:
         try:
             found = await text_workers.text_workers(core, worker_id=uuid.UUID(str(name)).hex)
@@ -159,6 +159,11 @@ async def _check_workers(core: Core, named: Any) -> None:
             found = []
         if not found:
             raise HordeRefusal(404, "WorkerNotFound", f"Worker with ID '{name}' not found.")
+        ids.append(found[0].id)
+    if len(set(ids)) > 1:
+        # Left out, the others would be what the client did not want; so it is said.
+        raise BadRequest("here a request can be for one worker, or for all", param="workers")
+    return ids[0]
 
 
 # --- status -------------------------------------------------------------------------------------
