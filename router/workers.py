@@ -104,6 +104,8 @@ class Worker:
         """Whether every job in this lane fits, also one that only its name tells of."""
         if lane in self.lanes:
             return True
+        if self.offers is None and not lane.startswith("@"):
+            return False
         demand, plain = demands.of_lane(lane), demands.without(lane)
         if not self.traits.meet(demand):
             return False

@@ -418,6 +418,30 @@ async def test_a_worker_that_breaks_the_protocol_is_cut_off(router: Rig):
     assert row["attempt"] == 1
 
 
+async def test_a_web_worker_is_asked_by_its_own_names_and_says_when_it_is_busy(router: Rig):
+    """QB-R7, QB-R15, QB-P18, QB-R13: a browser with a card; its events may say `message`."""
+    payer = await router.bearer()
+    web = {"worker_version": "web", "vram": 16_000_000_000, "web_gpus": [{"name": "3090"}]}
+    async with workerbee(router, web) as bee:
+        vicuna = "TheBloke/vicuna-7B-v1.5-GGUF:Q4_K_M"
+        links = await post_job(router, payer, model=vicuna, stream=True)
+        _, body = await bee.job()
+        assert body["model"] == "webgpu/vicuna-v1-7b-q4f32_0"
+        await bee.send({"busy": True})
+        await bee.send({"choices": [{"message": {"content": "From a browser."}}]})
+        await bee.send({})
+        row = await until_state(router, links["id"], "succeeded")
+        assert "From a browser." in row["result"]
+        waits = await post_job(router, payer, model="webgpu/vicuna-v1-7b-q4f32_0")
+        await bee.nothing()
+        await bee.send({"busy": False})
+        await bee.job()
+        await bee.answer("Again.")
+        await until_state(router, waits["id"], "succeeded")
+        reply = await ask(router, payer, model="TheBloke/CoolModelv2-7B:Q4_K_M")
+        assert code(reply) == (404, "unknown_model")
+
+
 # --- E6, numbers 1 and 2 ------------------------------------------------------------------------
 
 
