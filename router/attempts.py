@@ -312,8 +312,9 @@ class Attempts:
             delivered = running.delivered()
             charged = charging.charge(claimed, delivered, with_prompt_fee=False)
             answer = self._answer(running, None, delivered, charged, None)
+            reason = outcome if outcome == "timeout" else "worker_lost"
             await self._end_running(
-                running, Event.FAIL, "worker_lost", charged, answer, outcome, blame, error
+                running, Event.FAIL, reason, charged, answer, outcome, blame, error
             )
         elif retry and claimed.attempt < self._max_attempts:
             await self._give_back(running, outcome, blame, error)

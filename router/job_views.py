@@ -40,7 +40,8 @@ EXPLANATIONS = {
     "worker_failed": "the worker failed; nothing was charged",
     "worker_lost": "the worker was lost after part of the answer; the rest was refunded",
     "prompt_too_long": "the prompt is too long for the model's context; nothing was charged",
-    "timeout": "the answer took longer than the timeout of the request; nothing was charged",
+    "timeout": "the answer took longer than the timeout of the request; what was not delivered was"
+    " refunded",
     "bad_request": "the worker could not understand this request; nothing was charged",
 }
 

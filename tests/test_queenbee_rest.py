@@ -11,7 +11,7 @@ from coincurve import PrivateKey
 from router import demands
 from router.conditions import read_conditions
 from router.demands import Demand, Traits
-from tests.door_tools import CHAT, balance_msat, code, post_job, until_state
+from tests.door_tools import CHAT, balance_msat, code, post_job, set_rates, until_state
 from tests.router_rig import MODEL, Rig
 from tests.workerbee import (
     LARGE,
@@ -190,18 +190,39 @@ async def test_the_first_client_times_out_and_the_second_sees_nothing_of_its_ans
         assert worker.failed == 0
 
 
+async def test_a_stream_that_runs_over_its_time_is_charged_for_what_was_shown(router: Rig):
+    """QB-R5, QB-R12: said inside the stream that has begun (E1-8)."""
+    await set_rates(router)
+    payer = await router.bearer()
+    body = ASK | {"stream": True, "timeout": 600}
+    async with (
+        workerbee(router) as bee,
+        router.http.stream("POST", "/v1/chat/completions", json=body, headers=payer) as reply,
+    ):
+        await bee.job()
+        await bee.chunk("Shown before. ")
+        text = ""
+        async for line in reply.aiter_lines():
+            text += line
+            if "Shown before. " in line:
+                (running,) = router.core.attempts.running.values()
+                running.began_at -= 700
+        assert '"timeout"' in text
+    (job,) = await router.query("select end_reason, charged_msat from jobs")
+    # Fourteen bytes are four tokens, and no prompt fee is due.
+    assert (job["end_reason"], job["charged_msat"]) == ("timeout", 4)
+
+
 async def test_a_slow_first_token_sends_a_stream_to_another_worker(router: Rig):
-    """QB-R10, QB-R11: `ft_timeout`, which an answer in one piece has no use for."""
+    """QB-R10, QB-R11: `ft_timeout`."""
     payer = await router.bearer()
     async with workerbee(router) as slow:
-        links = await post_job(router, payer, model=SMALL, stream=True, ft_timeout=0.3)
-        whole = await post_job(router, payer, model=SMALL, ft_timeout=0.1)
+        links = await post_job(router, payer, model=SMALL, stream=True, ft_timeout=600)
         await slow.job()
+        (running,) = router.core.attempts.running.values()
+        running.progress_at -= 700
+        await until_state(router, links["id"], "queued")
         async with workerbee(router) as other:
-            await other.job()
-            await slow.nothing(1.5)
-            await other.answer("Whole.")
-            await until_state(router, whole["id"], "succeeded")
             await other.job()
             await other.stream("Fast.")
             row = await until_state(router, links["id"], "succeeded")
@@ -210,6 +231,13 @@ async def test_a_slow_first_token_sends_a_stream_to_another_worker(router: Rig):
         "select outcome, blame from attempts where job_id = $1 order by n", links["id"]
     )
     assert (first["outcome"], first["blame"]) == ("slow", "client")
+
+
+def test_an_answer_in_one_piece_has_no_tokens_to_wait_for():
+    assert read_conditions({"ft_timeout": 5}) is None
+    assert read_conditions({"timeout": -1, "stream": True}) is None
+    streamed = read_conditions({"ft_timeout": 5, "stream": True, "timeout": 60})
+    assert streamed is not None and (streamed.token_s, streamed.timeout_s) == (5, 60)
 
 
 # --- names, sizes, numbers ----------------------------------------------------------------------
