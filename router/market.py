@@ -155,6 +155,7 @@ class Market:
         supply = self._supplies(
             (tuple(lanes), multiplier_milli, model),
             lambda: self._supply(lanes, multiplier_milli, model),
+            cheap=self._models.fleet.is_small,
         )
         ahead = self._counts.ahead(supply.competing, multiplier_milli, seq)
         return Place(

@@ -171,7 +171,11 @@ class Models:
         if demand and not may_wait:
             offers = self._offers_that_meet(served, model, demand)
         else:
-            offers = self._served((served, model), lambda: self._served_now(served, model))
+            offers = self._served(
+                (served, model),
+                lambda: self._served_now(served, model),
+                cheap=self.fleet.is_small,
+            )
         known = self.known.get((served, model))
         if not offers and known is None:
             other = next((k for k, name in self.known if name == model), None)

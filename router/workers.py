@@ -184,6 +184,8 @@ class FarWorkers(Worker):
         return bool(self.names) and self.names <= tried_by
 
 
+# A fleet that is gone through in some ten microseconds.
+SMALL = 100
 # What decides the lanes of a worker: kind, id, context and answer limits of its models.
 _Limits = tuple[tuple[ModelKind, str, int, int], ...]
 
@@ -276,6 +278,11 @@ class Fleet:
 
     def all(self) -> list[Worker]:
         return list(self._workers.values())
+
+    @property
+    def is_small(self) -> bool:
+        """Whether going through all workers costs next to nothing."""
+        return len(self._workers) <= SMALL
 
     def idle(self, most_each: int | None = None) -> list[Worker]:
         """Workers that can be handed a job now; those that pull come for theirs.
