@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tests.router_rig import Rig
+from tests.test_worker_with_router import worker
 from tests.worker_stand_ins import RecordingSink, http_server
 from worker.engines import Engine, open_engine
 from worker.errors import JobError
@@ -121,3 +124,20 @@ async def test_an_answer_without_a_picture_fails_the_job(data: Any):
         with pytest.raises(JobError) as caught:
             await engine.generate(RABBIT, RecordingSink())
     assert caught.value.code is FailureCode.ENGINE_ERROR
+
+
+async def test_a_router_sells_the_pictures_of_a_worker_in_front_of_a_server(
+    router: Rig, tmp_path: Path
+):
+    """Both halves of the protocol together: bought by invoice, drawn, delivered, settled."""
+    body = {"model": "painter", "prompt": "a brave rabbit", "size": "64x32"}
+    async with http_server(*PaintingServer().routes()) as url:
+        fields = {"engine": EngineName.OPENAI, "engine_url": url, "image_models": "painter"}
+        async with worker(router, tmp_path / "worker", **fields):
+            credential, due = await router.buy("/v1/images/generations", body)
+            reply = await router.http.post("/v1/images/generations", json=body, headers=credential)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["data"][0]["b64_json"] == PIXEL
+    assert reply.headers["x-satherd-fee-msat"] == str(due.json()["quote"]["base_fee_msat"])
+    books = await router.books()
+    assert books.in_order and books.lines["liabilities:worker"] < 0
