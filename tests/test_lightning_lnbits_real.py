@@ -1,4 +1,4 @@
-"""LNbits 1.6.2 itself, with `SATHERD_TEST_LNBITS=1`: two wallets of one server pay each other.
+"""LNbits 1.6.2 itself, in CI or with `SATHERD_TEST_LNBITS=1`: two wallets pay each other.
 
 What its FakeWallet cannot do (fees, routes, payments that stay pending) is left to the stand-in.
 """
@@ -6,7 +6,6 @@ What its FakeWallet cannot do (fees, routes, payments that stay pending) is left
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
@@ -26,14 +25,16 @@ from billing.lightning import (
     Settlement,
 )
 from billing.lightning.lnbits import LnbitsBackend, from_settings
-from tests.real_lnbits import VERSION, RealLnbits, RealWallet
+from tests.real_lnbits import VERSION, RealLnbits, RealWallet, wanted
 
 pytestmark = [
     pytest.mark.skipif(
-        os.environ.get("SATHERD_TEST_LNBITS") != "1",
+        not wanted(),
         reason="set SATHERD_TEST_LNBITS=1 to install and run a real LNbits (270 MB)",
     ),
     pytest.mark.timeout(400),
+    # Both would install it at once.
+    pytest.mark.xdist_group("lnbits"),
 ]
 
 CREDIT_SAT = 100_000
