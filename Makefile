@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .satherd/demo
 
-.PHONY: demo up test lint bench bench-peers chaos clean help
+.PHONY: demo up test lint bench bench-peers chaos soak clean help
 
 demo: $(VENV)/.engine ## play the whole paid story once
 	@$(BIN)/satherd demo --data-dir $(DEMO_DIR)
@@ -33,6 +33,9 @@ bench-peers: $(VENV)/.dev ## beside other gateways and queues, which it installs
 
 chaos: $(VENV)/.dev ## kill -9 at random moments under load, and check the books (CHAOS="--minutes 30")
 	$(BIN)/python -m bench.chaos $(CHAOS)
+
+soak: $(VENV)/.dev ## 1,000 payouts over real channels under kill -9 (SOAK="--payouts 100"); wants electrum
+	$(BIN)/python -m bench.soak $(SOAK)
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Satherd needs Python 3.11 or 3.12 (apt-get install python3-venv)"; exit 1; }

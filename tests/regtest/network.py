@@ -106,7 +106,7 @@ class Node:
         self.rpc = Rpc(self.url, "user", "password-of-a-test")
         self._folder = folder / name
         self._programs = programs
-        self._process = Process(name, folder)
+        self._process = Process(f"node-{name}", folder)
 
     def configure(self, server_port: int) -> None:
         folder = self._folder / "regtest"
