@@ -129,6 +129,9 @@ def piece(answer: Mapping[str, Any]) -> Piece:
         Delta.model_validate(rest, strict=True)
     except ValidationError:
         raise BadAnswer("a malformed delta") from None
+    if "delta" not in choice and "tool_calls" in rest:
+        # A whole message numbers its calls by their order.
+        rest["tool_calls"] = [{"index": i} | call for i, call in enumerate(rest["tool_calls"])]
     ended = choice.get("finish_reason")
     reason = _FINISH.get(str(ended), FinishReason.STOP) if ended else None
     return Piece(text or "", rest or None, reason, usage)
