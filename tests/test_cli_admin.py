@@ -12,7 +12,7 @@ import pytest
 
 from cli import admin
 from cli.main import main
-from tests.router_rig import ADMIN_TOKEN, MODEL, Rig
+from tests.router_rig import ADMIN_TOKEN, MODEL, PATIENCE_S, Rig
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
 
@@ -253,3 +253,21 @@ def test_where_no_router_answers_one_line_says_what_to_do(
 )
 def test_shared_options_may_stand_anywhere(given: str, sorted_out: str) -> None:
     assert admin.shared_first(given.split()) == sorted_out.split()
+
+
+async def test_checks_are_added_listed_bought_and_removed(router: Rig, command: Admin) -> None:
+    status, out, _ = await command("checks", "add", "Capital of France?", "--expect", "Paris")
+    assert status == 0 and out.startswith("canary ")
+    assert (await command("checks", "add", "How does a lock work?"))[1].startswith("duplicate ")
+    assert (await command("settings", "set", "check_every_s=3600"))[0] == 0
+    async with router.worker() as worker:
+        await worker.serve("It is Paris.")
+        async with asyncio.timeout(PATIENCE_S):
+            while not (shown := await as_json(command, "checks", "list"))["workers"]:
+                await asyncio.sleep(0.1)
+        assert shown["workers"][0]["mean_score"] == 1.0 and shown["spent_in_a_day_msat"] > 0
+        _, out, _ = await command("checks", "list")
+        assert worker.id in out and "Capital of France?" in out and "one every 3600 s" in out
+    for prompt in shown["prompts"]:
+        assert (await command("checks", "remove", prompt["id"]))[1].strip() == "removed"
+    assert (await as_json(command, "checks", "list"))["prompts"] == []

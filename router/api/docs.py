@@ -100,6 +100,10 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("put", "/admin/fees"): {"prompt_fee_msat": 1000, "output_msat_per_mtok": 600_000},
     ("put", "/admin/fees/{model}"): {"output_msat_per_mtok": 900_000},
     ("put", "/admin/settings"): {"commission_ppm": 40_000},
+    ("post", "/admin/checks"): {
+        "prompt": "What is the capital of France?",
+        "expected": ["Paris"],
+    },
 }
 
 _SECURITY = {
