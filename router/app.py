@@ -305,6 +305,7 @@ def _join(
         hub,
         reputation=Reputation(database, fleet),
         max_attempts=settings.max_attempts,
+        router_id=this_router,
     )
     relay = Relay(
         _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
@@ -356,7 +357,17 @@ def _join(
         outside=outside,
     )
     quotes = Quotes(database, settings, models, backend, watcher, network=node.network, clock=clock)
-    gate = WorkerGate(database, settings, fleet, models, attempts, addresses, asks, clock=clock)
+    gate = WorkerGate(
+        database,
+        settings,
+        fleet,
+        models,
+        attempts,
+        addresses,
+        asks,
+        router_id=this_router,
+        clock=clock,
+    )
     dispatcher = Dispatcher(
         database,
         writer,
@@ -453,6 +464,8 @@ def _join(
     )
     attempts.on_work = partial(_on_work, core)
     relay.on_work = core.dispatcher.wake
+    relay.on_come = gate.come_elsewhere
+    gate.on_admitted = relay.tell_come
     relay.bus.on_up = partial(_on_bus_up, core)
     gate.on_idle = core.dispatcher.wake
     return core

@@ -26,7 +26,7 @@ from router.answer_hash import answer_hash
 from router.charging import NOTHING, Charge, Delivered
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.demands import conditions_of
-from router.job_records import Claimed, Ended, Ending, GiveBack
+from router.job_records import Claimed, Ended, Ending, GiveBack, Resumed
 from router.job_states import Event, State
 from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, outcome_of
@@ -106,7 +106,9 @@ class Attempts:
         *,
         reputation: Reputation,
         max_attempts: int,
+        router_id: str,
     ) -> None:
+        self._router_id = router_id
         self._database = database
         self._writer = writer
         self._models = models
@@ -137,6 +139,22 @@ class Attempts:
             "job started job=%s attempt=%d worker=%s", claimed.job_id, claimed.attempt, worker.id
         )
         return running
+
+    def resume(self, resumed: Resumed, worker: Worker, stop: Callable[[], None]) -> RunningAttempt:
+        """A worker goes on here with a job that it had; it says again what it has said."""
+        claimed = resumed.claimed
+        stream = self._hub.get(claimed.job_id)
+        seen = stream is not None and stream.attempt == claimed.attempt and stream.shown
+        running = self.begin(claimed, worker, stop)
+        running.stream.shown = seen or resumed.shown
+        running.first_token_at = resumed.first_token_at
+        return running
+
+    def moved(self, job_id: str, attempt: int) -> None:
+        """The worker of an attempt has gone on with it at another router: here it is over."""
+        running = self.running.get(job_id)
+        if running is not None and running.claimed.attempt <= attempt:
+            self._supersede(job_id)
 
     def _supersede(self, job_id: str) -> None:
         """The job has ended, or was claimed anew: what still runs of it here runs for nobody."""
@@ -381,6 +399,7 @@ class Attempts:
             error=error,
             tokens=running.worker_tokens,
             had_chunks=running.stream.kept > 0,
+            router_id=self._router_id,
         )
         running.stream.ending_since = time.monotonic()
         await self.end(ending, running, answer)
@@ -388,15 +407,25 @@ class Attempts:
     async def _give_back(
         self, running: RunningAttempt, outcome: str, blame: str, error: str
     ) -> None:
-        await self.give_back(running.claimed, outcome, blame, error)
+        await self.give_back(running.claimed, outcome, blame, error, at=self._router_id)
         self._forget(running)
         self.on_work()
 
-    async def give_back(self, claimed: Claimed, outcome: str, blame: str, error: str) -> None:
-        """Let a job wait again whose attempt came to nothing; it keeps its place."""
+    async def give_back(
+        self, claimed: Claimed, outcome: str, blame: str, error: str, *, at: str
+    ) -> None:
+        """Let a job wait again whose attempt came to nothing; it keeps its place. `at`: the router
+        that ran it."""
         lane, *more = self._models.lanes_of(claimed)
         back = GiveBack(
-            claimed.job_id, claimed.attempt, lane, outcome, blame, error, more_lanes=tuple(more)
+            claimed.job_id,
+            claimed.attempt,
+            lane,
+            outcome,
+            blame,
+            error,
+            more_lanes=tuple(more),
+            router_id=at,
         )
         if await self._certainly("give_back", back):
             stream = self._hub.get(claimed.job_id)

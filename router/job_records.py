@@ -112,8 +112,18 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """A running job whose worker has come to another router, or back, and goes on with it."""
+
+    claimed: Claimed
+    shown: bool
+    first_token_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
-    """A job's last move. `attempt` None: whichever is current (a cancel, an expiry).
+    """A job's last move. `attempt` None: whichever is current (a cancel, an expiry). `router_id`: not
+    if it runs at another router, where its worker may have taken it; None: wherever it is.
 
     `charge_msat` is at most what is held; `payee` is the worker's id, None when it is not to be
     paid. `answer_hash` is for its receipt. `outcome`, `blame` and `error` go into the attempt's record.
@@ -134,6 +144,7 @@ class Ending:
     error: str | None = None
     tokens: int | None = None
     had_chunks: bool = False
+    router_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +170,4 @@ class GiveBack:
     blame: str
     error: str | None = None
     more_lanes: tuple[str, ...] = ()
+    router_id: str | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from router.job_records import (
     Ended,
     Ending,
     GiveBack,
+    Resumed,
 )
 from router.job_states import Event, State
 
@@ -57,9 +59,9 @@ _END = """
 with given as (
     select * from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[],
         $7::text[], $8::text[], $9::timestamptz[], $10::bytea[], $12::text[], $13::text[],
-        $14::text[], $15::bigint[])
+        $14::text[], $15::bigint[], $16::text[])
         t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
-            answer_hash, outcome, blame, error, tokens)),
+            answer_hash, outcome, blame, error, tokens, router_id)),
 ended as (
     update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
         charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,
@@ -68,6 +70,7 @@ ended as (
     from given t
     where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
         and (t.attempt is null or j.attempt = t.attempt)
+        and (t.router_id is null or j.router_id = t.router_id or j.state <> 'running')
     returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
         j.seq, j.webhook, j.ended_at),
 tried as (
@@ -93,10 +96,21 @@ update attempts set blame = 'job' where job_id = any($1::text[]) and blame = 'wo
 _GIVE_BACK = """
 update jobs j set state = $3, worker_id = null, lease_ends_at = null, started_at = null,
     first_token_at = null, shown = false
-from unnest($1::text[], $2::int[]) t(id, attempt)
+from unnest($1::text[], $2::int[], $5::text[]) t(id, attempt, router_id)
 where j.id = t.id and j.attempt = t.attempt and j.state = any($4::text[])
+    and (t.router_id is null or j.router_id = t.router_id)
 returning j.id, j.multiplier_milli, j.seq"""
 
+
+_RESUME = """
+update jobs j set router_id = $3, lease_ends_at = $4
+from unnest($1::text[], $2::int[]) t(id, attempt)
+where j.id = t.id and j.attempt = t.attempt and j.state = 'running' and j.worker_id = $5
+    and j.cancel_reason is null
+returning j.id as job_id, j.*"""
+
+
+CLAIMED = tuple(Claimed.__dataclass_fields__)
 
 Row = TypeVar("Row", Claim, Ending, GiveBack)
 
@@ -151,6 +165,37 @@ def _claimed(row: Any) -> Claimed:
     return replace(claimed, spec=choices.spec_for(claimed.spec, claimed.model))
 
 
+async def resume_many(
+    connection: Any,
+    worker_id: str,
+    held: Sequence[tuple[str, int]],
+    *,
+    router_id: str,
+    lease_ends_at: datetime,
+) -> list[Resumed]:
+    """Let a worker go on here with the (job, attempt)s that it brings along; those that it may.
+
+    What has been taken from it, has ended or is to be cancelled is left as it is. From the commit on
+    nothing that the router before says of these jobs changes them.
+    """
+    if not held:
+        return []
+    rows = await connection.fetch(
+        _RESUME,
+        [job_id for job_id, _ in held],
+        [attempt for _, attempt in held],
+        router_id,
+        lease_ends_at,
+        worker_id,
+    )
+    return [
+        Resumed(
+            Claimed(**{name: row[name] for name in CLAIMED}), row["shown"], row["first_token_at"]
+        )
+        for row in rows
+    ]
+
+
 async def end_many(
     connection: Any, rows: list[Ending], *, wipe_after_s: float
 ) -> list[Ended | None]:
@@ -181,6 +226,7 @@ async def _end_round(
         [row.blame for row in rows],
         [row.error for row in rows],
         [row.tokens for row in rows],
+        [row.router_id for row in rows],
     )
     moved = {r["id"]: r for r in ended}
     done = [(row, moved.get(row.job_id)) for row in rows]
@@ -281,6 +327,7 @@ async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
             [row.attempt for row in rows],
             job_states.MOVES[Event.GIVE_BACK][1].value,
             job_states.before(Event.GIVE_BACK),
+            [row.router_id for row in rows],
         )
     }
     back = [row for row in rows if row.job_id in moved]

@@ -234,16 +234,15 @@ class Jobs:
         """
         while True:
             if not await self._attempts.cancel(job_id, reason):
-                row = await self.row(job_id)
-                if row["state"] == State.RUNNING and row["router_id"] != self._router_id:
-                    return await self._cancel_elsewhere(job_id, reason)
-                # Only this attempt: one that another router claims meanwhile is cancelled there.
                 await self._attempts.end(
-                    Ending(job_id, Event.CANCEL, reason, attempt=row["attempt"])
+                    Ending(job_id, Event.CANCEL, reason, router_id=self._router_id)
                 )
-            outcome = outcome_of(await self.row(job_id))
+            row = await self.row(job_id)
+            outcome = outcome_of(row)
             if outcome is not None:
                 return outcome
+            if row["state"] == State.RUNNING and row["router_id"] != self._router_id:
+                return await self._cancel_elsewhere(job_id, reason)
             # It was claimed or given back while we looked: now it is where the next try finds it.
 
     async def _cancel_elsewhere(self, job_id: str, reason: str) -> Outcome | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from router.attempts import RunningAttempt
 from router.database import Database
@@ -78,3 +79,14 @@ async def keep(database: Database, running: Iterable[RunningAttempt]) -> None:
         )
     for new in news:
         new.stream.keep(new.attempt, new.pieces, shown=new.shown)
+
+
+def joined(rows: Iterable[Any]) -> str:
+    """The text of stored chunks in their order: a worker that goes on at another router says all of
+    it again, cut otherwise. A delta, which is not stored, leaves a hole."""
+    parts, end = [], 0
+    for row in rows:
+        text = row["text"][max(0, end - row["start"]) :]
+        parts.append(text)
+        end = max(end, row["start"] + len(row["text"]))
+    return "".join(parts)

@@ -205,7 +205,8 @@ class Maintenance:
         log.warning("job lost job=%s attempt=%d", claimed.job_id, claimed.attempt)
         async with self._database.connection() as connection:
             said = await connection.fetch(
-                "select text, tokens from job_chunks where job_id = $1 and n = $2 order by start",
+                "select start, text, tokens from job_chunks"
+                " where job_id = $1 and n = $2 order by start",
                 claimed.job_id,
                 claimed.attempt,
             )
@@ -222,15 +223,18 @@ class Maintenance:
                         attempt=claimed.attempt,
                         outcome="lost",
                         blame="router",
+                        router_id=row["router_id"],
                     )
                 )
                 return
             if claimed.attempt < self._settings.max_attempts:
-                await self._attempts.give_back(claimed, "lost", "router", "lease ended")
+                await self._attempts.give_back(
+                    claimed, "lost", "router", "lease ended", at=row["router_id"]
+                )
                 return
-            await self._attempts.end(_failed(claimed, "attempts_exhausted"))
+            await self._attempts.end(_failed(claimed, "attempts_exhausted", row["router_id"]))
             return
-        text = "".join(chunk["text"] for chunk in said)
+        text = kept_chunks.joined(said)
         delivered = Delivered(len(text.encode()), said[-1]["tokens"] or None)
         charged = charging.charge(claimed, delivered, with_prompt_fee=False)
         usage = charging.usage(claimed, delivered, charged)
@@ -259,6 +263,7 @@ class Maintenance:
                 outcome="lost",
                 blame="router",
                 had_chunks=True,
+                router_id=row["router_id"],
             )
         )
 
@@ -432,7 +437,7 @@ class Maintenance:
 _CLAIMED = tuple(name for name in Claimed.__dataclass_fields__ if name != "job_id")
 
 
-def _failed(claimed: Claimed, reason: str) -> Ending:
+def _failed(claimed: Claimed, reason: str, router_id: str) -> Ending:
     return Ending(
         claimed.job_id,
         Event.FAIL,
@@ -441,4 +446,5 @@ def _failed(claimed: Claimed, reason: str) -> Ending:
         charge_msat=NOTHING.charge_msat,
         outcome="lost",
         blame="router",
+        router_id=router_id,
     )

@@ -50,6 +50,7 @@ class Relay:
         self._wake_later: asyncio.TimerHandle | None = None
         self.look_soon: Callable[[Iterable[str]], None] = lambda job_ids: None
         self.on_work: Callable[[], None] = lambda: None
+        self.on_come: Callable[[str], None] = lambda worker_id: None
         self.on_hello: Callable[[str, Message], None] = lambda sender, message: None
         self._handlers: dict[str, Callable[..., None]] = {
             "started": self._on_started,
@@ -63,6 +64,7 @@ class Relay:
             "elsewhere": self._on_elsewhere,
             "shown": self._on_shown,
             "cancel": self._on_cancel,
+            "come": self._on_come,
         }
         bus.on_message = self._on_message
         bus.on_gap = self.ask_again
@@ -103,6 +105,7 @@ class Relay:
             return
         if stream.attempt != attempt or stream.state is not State.RUNNING:
             stream.restart(State.RUNNING, attempt)
+        stream.ending_since = None
         self._followed[job_id] = router_id
         self.bus.send(router_id, ["follow", job_id, attempt, stream.length, stream.shown])
 
@@ -145,6 +148,8 @@ class Relay:
 
     def _on_started(self, sender: str, jobs: list[list[Any]]) -> None:
         for job_id, attempt in jobs:
+            # Ours no more, if its worker has taken it along.
+            self._attempts.moved(job_id, attempt)
             stream = self._hub.get(job_id)
             if stream is None or not self.is_far(stream):
                 continue
@@ -260,6 +265,13 @@ class Relay:
         running = self._attempts.running.get(job_id)
         if running is not None and running.claimed.attempt == attempt:
             running.stream.shown = True
+
+    def tell_come(self, worker_id: str) -> None:
+        """A worker has come: whoever still thinks to have it is mistaken."""
+        self.bus.tell_all(["come", worker_id])
+
+    def _on_come(self, sender: str, worker_id: str) -> None:
+        self.on_come(worker_id)
 
     def _on_cancel(self, sender: str, job_id: str, reason: str) -> None:
         self._attempts.cancel_later(job_id, reason)

@@ -62,8 +62,8 @@ class Applicant:
     `identity` is what its earnings and its record belong to: a hash of a secret that it has shown, or
     of a public key whose signature was verified (`workers.hash_worker_key`, `workers.hash_identity`).
     None: it is known by its address alone. Several that name one address sit side by side, each on
-    a seat with a record of its own. `pulls`, `offers`, `traits` and `min_fees` are
-    the worker's.
+    a seat with a record of its own. `holding`: the (job, attempt)s that it brings along, from before
+    its line broke. `pulls`, `offers`, `traits` and `min_fees` are the worker's.
 
     One that pulls may have no way to name an address: what it earns is kept for it until it names
     one, and naming none changes nothing.
@@ -75,6 +75,7 @@ class Applicant:
     name: str | None = None
     ln_url: str | None = None
     hardware: dict[str, Any] = field(default_factory=dict)
+    holding: list[tuple[str, int]] = field(default_factory=list)
     pulls: bool = False
     min_fees: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     offers: Callable[[ModelKind, str], ServedModel | None] | None = None

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from billing import payees
 from billing.errors import BadLightningAddress
 from billing.lightning_address import LightningAddresses
-from router import queenbee, workers
+from router import job_store, queenbee, workers
 from router.asks import Asks, fault_of
 from router.attempts import Attempts
 from router.database import Database
 from router.http_endpoints import Endpoints
 from router.http_sessions import HttpSession, HttpWorker
-from router.job_records import Claimed
+from router.job_records import Claimed, Resumed
 from router.models import Models
 from router.queenbee import QueenBeeRegistration
 from router.queenbee_sessions import QueenBeeSession
@@ -65,8 +65,10 @@ class WorkerGate:
         addresses: LightningAddresses,
         asks: Asks,
         *,
+        router_id: str,
         clock: Callable[[], datetime],
     ) -> None:
+        self._router_id = router_id
         self._database = database
         self._settings = settings
         self._fleet = fleet
@@ -83,6 +85,7 @@ class WorkerGate:
         self.sessions: dict[str, Session] = {}
         self._storing = asyncio.Semaphore(STORED_AT_ONCE)
         self.on_idle: Callable[[], None] = lambda: None
+        self.on_admitted: Callable[[str], None] = lambda worker_id: None
         self.commission_ppm: Callable[[], int] = lambda: settings.commission_ppm
         self.closing = False
 
@@ -120,6 +123,7 @@ class WorkerGate:
             hardware=registration.model_dump(mode="json", exclude=_NOT_HARDWARE),
             min_fees=registration.min_fees or {},
             traits=native_traits(registration),
+            holding=[(held.job_id, held.attempt) for held in registration.holding],
         )
         session = await self.admit(
             applicant,
@@ -140,6 +144,7 @@ class WorkerGate:
                 ln_url=worker.ln_url,
                 payable=worker.payable,
                 commission_ppm=self.commission_ppm(),
+                resume=session.held(),
             ).model_dump_json()
         )
         return session
@@ -229,13 +234,15 @@ class WorkerGate:
         ln_url = await self._check_address(applicant)
         identity = applicant.identity or self._free_seat(ln_url)
         try:
-            worker = await self._store(applicant, identity, ln_url)
+            worker, resumed = await self._store(applicant, identity, ln_url)
         except BaseException:
             self._seats.pop(identity, None)
             raise
         if identity in self._seats:
             self._seats[identity] = worker.id
         session = make(worker)
+        if isinstance(session, WorkerSession):
+            session.resume(resumed)
         before = self.sessions.get(worker.id)
         if before is not None:
             # A server that registers anew has done nothing wrong; a socket has been lost.
@@ -252,6 +259,9 @@ class WorkerGate:
             worker.slots,
             worker.payable,
         )
+        if applicant.identity is not None and isinstance(session, WorkerSession | QueenBeeSession):
+            # A socket is in one place only.
+            self.on_admitted(worker.id)
         self.on_idle()
         return session
 
@@ -262,11 +272,17 @@ class WorkerGate:
         """
         assert applicant.identity is not None
         ln_url = await self._check_address(applicant)
-        now = await self._store(applicant, applicant.identity, ln_url)
+        now, _ = await self._store(applicant, applicant.identity, ln_url)
         worker.models, worker.slots, worker.ln_url = now.models, now.slots, now.ln_url
         if self.sessions.get(worker.id) is not None:
             self._fleet.add(worker)
         self._models.learn(worker.models)
+
+    def come_elsewhere(self, worker_id: str) -> None:
+        """A worker has connected to another router: its session here, if there is one, is dead."""
+        session = self.sessions.get(worker_id)
+        if session is not None and not session.closed:
+            session.cut("connected to another router", blame="nobody")
 
     def _free_seat(self, ln_url: str | None) -> bytes:
         """The first seat at an address that nobody sits on, so that whoever comes back finds its
@@ -290,7 +306,9 @@ class WorkerGate:
             ) from None
         return payee.text
 
-    async def _store(self, applicant: Applicant, identity: bytes, ln_url: str | None) -> Worker:
+    async def _store(
+        self, applicant: Applicant, identity: bytes, ln_url: str | None
+    ) -> tuple[Worker, list[Resumed]]:
         # When thousands come back at once they must not hold every connection to the database: what
         # is paid for needs one, too.
         async with self._storing, self._database.transaction() as connection:
@@ -310,11 +328,18 @@ class WorkerGate:
             if address is None:
                 address = await payees.set_address(connection, record.id, ln_url, now=self._clock())
             edges = await workers.add_edges(connection, applicant.models)
+            resumed = await job_store.resume_many(
+                connection,
+                record.id,
+                [held for held in applicant.holding if not self._is_ending(held[0])],
+                router_id=self._router_id,
+                lease_ends_at=self._clock() + timedelta(seconds=self._settings.lease_s),
+            )
         if edges != self._fleet.edges:
             self._fleet.set_edges(edges)
         standing = self._attempts.reputation.standing(record.id)
         standing.resume(record.reliability, record.quality)
-        return Worker(
+        worker = Worker(
             id=record.id,
             name=applicant.name,
             models=applicant.models,
@@ -331,6 +356,12 @@ class WorkerGate:
             # Its public id is one of its names.
             traits=replace(applicant.traits, names=applicant.traits.names | {record.id}),
         )
+        return worker, resumed
+
+    def _is_ending(self, job_id: str) -> bool:
+        """Whether an attempt of this router is being given back or settled just now."""
+        running = self._attempts.running.get(job_id)
+        return running is not None and running.settled
 
     def leave(self, session: Session) -> None:
         """A connection has ended. Twice is harmless."""
@@ -380,4 +411,13 @@ class WorkerGate:
 
 
 # Of a registration, what is not kept as a description of the machine.
-_NOT_HARDWARE = {"worker_key", "models", "slots", "ln_url", "name", "protocol", "min_fees"}
+_NOT_HARDWARE = {
+    "worker_key",
+    "models",
+    "slots",
+    "ln_url",
+    "name",
+    "protocol",
+    "min_fees",
+    "holding",
+}

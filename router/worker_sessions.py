@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
 from pydantic import ValidationError
 
 from router.attempts import Attempts, RunningAttempt
-from router.job_records import Claimed
+from router.job_records import Claimed, Resumed
 from router.workers import Worker
 from worker.protocol import (
     IMAGE_KINDS,
@@ -30,6 +31,7 @@ from worker.protocol import (
     FailureCode,
     Finished,
     FinishReason,
+    Held,
     Kind,
     Picture,
     Ready,
@@ -132,6 +134,22 @@ class WorkerSession:
             f'{{"type":"assign","job_id":"{claimed.job_id}","attempt":{claimed.attempt},'
             f'"lease_s":{self._lease_s},"job":{claimed.spec}}}'
         )
+
+    def resume(self, jobs: Iterable[Resumed]) -> None:
+        """Go on with jobs that the worker had before its line broke: it says all of them again."""
+        for resumed in jobs:
+            job_id, attempt = resumed.claimed.job_id, resumed.claimed.attempt
+            self._held[job_id] = self._attempts.resume(
+                resumed, self.worker, partial(self._stop, job_id, attempt)
+            )
+            self.worker.busy.add(job_id)
+
+    def held(self) -> list[Held]:
+        """What it has in hand."""
+        return [
+            Held(job_id=job_id, attempt=running.claimed.attempt)
+            for job_id, running in self._held.items()
+        ]
 
     def _stop(self, job_id: str, attempt: int) -> None:
         if job_id in self._held and job_id not in self._stopping:

@@ -144,13 +144,14 @@ def router_part(
     port: int,
     network_url: str | None = None,
     database_url: str | None = None,
+    name: str = "router",
     **settings: Any,
 ) -> Part:
     """A router process; without `database_url` it has a PostgreSQL of its own inside, and without
     `network_url` the settings name a real node."""
     given = {
         "port": port,
-        "data_dir": folder / "router",
+        "data_dir": folder / name,
         "lnurl_allow_private": "true",
         "admin_token": ADMIN_TOKEN,
         "rate_limits": "off",
@@ -166,7 +167,7 @@ def router_part(
     environment = {f"SATHERD_{name.upper()}": str(value) for name, value in given.items()}
     argv = ["-m", "cli.main", "router"]
     url = f"http://127.0.0.1:{port}/info"
-    return Part("router", folder, argv, environment, lambda: answers(url))
+    return Part(name, folder, argv, environment, lambda: answers(url))
 
 
 def worker_part(folder: Path, *, router_url: str, network_url: str, token_s: float = 0.02) -> Part:

@@ -106,6 +106,7 @@ class ScriptedWorker:
         models: list[dict[str, Any]] | None = None,
         ln_url: str | None = "worker",
         min_fees: dict[str, dict[str, int]] | None = None,
+        holding: list[dict[str, Any]] | None = None,
     ) -> None:
         self.socket = socket
         self.key = key or secrets.token_hex(32)
@@ -119,6 +120,8 @@ class ScriptedWorker:
         }
         if min_fees is not None:
             self._registration["min_fees"] = min_fees
+        if holding is not None:
+            self._registration["holding"] = holding
         if ln_url is not None:
             self._registration["ln_url"] = ln_url if "@" in ln_url else f"{ln_url}@{lnurl_host}"
 

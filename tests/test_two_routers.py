@@ -297,6 +297,34 @@ async def test_a_lost_worker_is_followed_by_one_at_the_other_router(pair):
     assert (await a.books()).in_order
 
 
+async def test_a_worker_that_comes_to_another_router_goes_on_with_its_job_there(pair):
+    """Though the first router has not noticed that it left: what that one still does is void."""
+    a, b = pair
+    key = await b.bearer()
+    async with worker_at(b, known_at=a) as before:
+        reader = Reader(b.http, key)
+        job = await before.job()
+        await before.say(job, "Said to the one, ")
+        await reader.until_shown("Said to the one, ")
+        held = [{"job_id": job["job_id"], "attempt": 1}, {"job_id": "nobodys", "attempt": 3}]
+        async with a.worker(key=before.key, holding=held) as worker:
+            assert worker.registered["resume"] == held[:1]
+            # It says all of it again, cut in other pieces.
+            await worker.say(job, "Said to the")
+            await worker.say(job, " one, and to the other.", seq=1, tokens=5)
+            await worker.finish(job, tokens=6)
+            await asyncio.wait_for(reader.task, PATIENCE_S)
+            assert reader.done and reader.text == "Said to the one, and to the other."
+
+            async def sent_away() -> bool:
+                return not b.core.fleet.all()
+
+            await until(sent_away)
+    (row,) = await a.query("select state, attempt, router_id from jobs")
+    assert tuple(row) == ("succeeded", 1, a.core.router_id)
+    assert (await a.books()).in_order
+
+
 async def test_what_a_reader_elsewhere_was_shown_is_charged_when_the_worker_is_lost(pair):
     """He is told, and never shown a mixture of two answers (decisions: no silent restart)."""
     a, b = pair

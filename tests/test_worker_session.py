@@ -301,6 +301,60 @@ async def test_a_broken_line_is_mended_and_its_jobs_are_dropped(
         assert not text_of(frames, "job-1")
 
 
+async def test_after_a_broken_line_it_goes_on_with_what_the_router_still_wants(
+    router: RouterStandIn, tmp_path: Path
+):
+    """It says everything again from chunk 0, what it said while there was no line as well."""
+    async with working(router, tmp_path, echo_token_s=0.005):
+        first = await router.next_line()
+        for job_id in ("job-1", "job-2"):
+            await first.assign(job_id, chat("a b c d e f", max_tokens=40))
+        await first.frames_until("chunks")
+        router.answer["resume"] = [{"job_id": "job-1", "attempt": 1}]
+        first.socket.transport.abort()
+        second = await router.next_line()
+        assert sorted(held.job_id for held in second.registration.holding) == ["job-1", "job-2"]
+        frames = await second.frames_until("finished")
+        whole = await second_opinion(router, tmp_path, second)
+        assert text_of(frames, "job-1") == whole
+        assert not text_of(frames, "job-2")
+        assert frames[-1].job_id == "job-1" and frames[-1].finish_reason is FinishReason.LENGTH
+
+
+async def second_opinion(router: RouterStandIn, tmp_path: Path, line: Line) -> str:
+    """What the echo engine says to the same job when nothing breaks."""
+    await line.assign("job-3", chat("a b c d e f", max_tokens=40))
+    return text_of(await line.frames_until("finished", "job-3"), "job-3")
+
+
+async def test_an_end_that_the_router_may_not_have_heard_is_said_again(
+    router: RouterStandIn, tmp_path: Path
+):
+    async with working(router, tmp_path):
+        first = await router.next_line()
+        await first.assign("job-1", chat(max_tokens=3))
+        told = await first.frames_until("finished")
+        router.answer["resume"] = [{"job_id": "job-1", "attempt": 1}]
+        first.socket.transport.abort()
+        second = await router.next_line()
+        assert [held.job_id for held in second.registration.holding] == ["job-1"]
+        again = await second.frames_until("finished")
+        assert text_of(again, "job-1") == text_of(told, "job-1")
+
+
+async def test_of_several_routers_the_next_is_tried_when_one_is_gone(tmp_path: Path):
+    async with router_stand_in() as other:
+        async with router_stand_in() as router:
+            settings = settings_for(router, tmp_path, router_url=f"{router.url},{other.url}")
+            shutdown = Shutdown()
+            running = asyncio.create_task(run_worker(settings, shutdown=shutdown))
+            await router.next_line()
+        line = await other.next_line()
+        await ready(line, 4)
+        shutdown.ask()
+        await asyncio.wait_for(running, PATIENCE_S)
+
+
 async def test_a_router_that_is_not_there_yet_is_waited_for(tmp_path: Path):
     async with router_stand_in() as router:
         settings = settings_for(router, tmp_path)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
+
 from worker.engines import Done
 from worker.errors import JobError
 from worker.outbox import Outbox
@@ -24,6 +26,8 @@ class Attempt:
         self.started_at = time.monotonic()
         self._outbox = outbox
         self._seq = 0
+        self._said: list[tuple[str, int | None, dict[str, Any] | None]] = []
+        self._last_word: BaseModel | None = None
         self._ended = False
         self._cancelled = False
         self._on_cancel: list[Callable[[], object]] = []
@@ -42,6 +46,10 @@ class Attempt:
         if self._ended:
             return
         self.tokens += tokens or 0
+        self._said.append((text, tokens, delta))
+        self._send(text, tokens, delta)
+
+    def _send(self, text: str, tokens: int | None, delta: dict[str, Any] | None) -> None:
         if delta is None:
             self._seq += self._outbox.add_text(self.job_id, self.attempt, self._seq, text, tokens)
             return
@@ -72,32 +80,48 @@ class Attempt:
 
     def finish(self, done: Done) -> None:
         """Tell the router how it ended. Nothing is said about an attempt that has ended before."""
-        if not self._ended:
-            self._ended = True
-            self._outbox.add_frame(
-                Finished(
-                    job_id=self.job_id,
-                    attempt=self.attempt,
-                    finish_reason=done.finish_reason,
-                    usage=done.usage,
-                    data=done.data,
-                    images=done.images,
-                )
+        self._end(
+            Finished(
+                job_id=self.job_id,
+                attempt=self.attempt,
+                finish_reason=done.finish_reason,
+                usage=done.usage,
+                data=done.data,
+                images=done.images,
             )
+        )
 
     def fail(self, error: JobError) -> None:
         """Tell the router that it failed. Nothing is said about one that has ended before."""
+        self._end(
+            Failed(
+                job_id=self.job_id,
+                attempt=self.attempt,
+                code=error.code,
+                message=error.message[:MESSAGE_LENGTH],
+                retryable=error.retryable,
+            )
+        )
+
+    def _end(self, last_word: BaseModel) -> None:
         if not self._ended:
             self._ended = True
-            self._outbox.add_frame(
-                Failed(
-                    job_id=self.job_id,
-                    attempt=self.attempt,
-                    code=error.code,
-                    message=error.message[:MESSAGE_LENGTH],
-                    retryable=error.retryable,
-                )
-            )
+            self._last_word = last_word
+            self._outbox.add_frame(last_word)
+
+    @property
+    def has_last_word(self) -> bool:
+        """Whether it has ended in words, and was not abandoned."""
+        return self._last_word is not None
+
+    def repeat(self, outbox: Outbox) -> None:
+        """Say everything again, to another router or on another line; what follows goes there too."""
+        self._outbox = outbox
+        self._seq = 0
+        for text, tokens, delta in self._said:
+            self._send(text, tokens, delta)
+        if self._last_word is not None:
+            outbox.add_frame(self._last_word)
 
     def give_back(self) -> None:
         """Return the job to the router, and stop working on it."""
@@ -105,6 +129,7 @@ class Attempt:
         self.cancel()
 
     def abandon(self) -> None:
-        """Stop without a word: the line on which it came is gone."""
+        """Stop without a word: nobody wants it any more."""
         self._ended = True
+        self._last_word = None
         self.cancel()

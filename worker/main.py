@@ -18,15 +18,17 @@ from worker.connection import connect as connect_websocket
 from worker.engines import Engine, Progress, open_engine
 from worker.errors import EXIT_CONFIG, EngineAway, WorkerError
 from worker.hardware import survey
+from worker.holding import Holding
 from worker.protocol import Registered, Registration
 from worker.session import Session
-from worker.settings import WorkerSettings, socket_url, worker_key
+from worker.settings import WorkerSettings, socket_urls, worker_key
 from worker.shutdown import Shutdown
 
 log = logging.getLogger("worker")
 
 FIRST_PAUSE_S = 0.5
 STEADY_AFTER_S = 30
+ABANDON_S = 5
 
 Connect = Callable[[str], Awaitable[Connection]]
 
@@ -103,32 +105,41 @@ async def _serve(
     connect: Connect,
     on_registered: Callable[[Registered], object] | None,
 ) -> None:
-    url = socket_url(settings.router_url)
-    failures = 0
-    while not shutdown.asked.is_set():
-        began = time.monotonic()
-        try:
-            connection = await _connect(connect, url, shutdown)
-            if connection is None:
-                return
-            session = Session(
-                engine,
-                registration,
-                shutdown,
-                grace_s=settings.grace_s,
-                on_registered=lambda answer: _welcome(answer, on_registered),
-            )
-            await session.run(connection)
-        except EngineAway as error:
-            log.warning("%s; serving again when it does", error)
-            await _until_well(engine, shutdown, settings.reconnect_max_s)
-        except ConnectionLost as error:
-            if time.monotonic() - began > STEADY_AFTER_S:
-                failures = 0
-            pause_s = backoff_s(failures, settings.reconnect_max_s)
-            failures += 1
-            log.warning("no line to the router (%s); trying again in %.1f s", error, pause_s)
-            await _pause(shutdown, pause_s)
+    urls = socket_urls(settings.router_url)
+    holding = Holding()
+    failures = turn = 0
+    try:
+        while not shutdown.asked.is_set():
+            began = time.monotonic()
+            try:
+                connection = await _connect(connect, urls[turn % len(urls)], shutdown)
+                if connection is None:
+                    return
+                session = Session(
+                    engine,
+                    registration,
+                    shutdown,
+                    holding=holding,
+                    grace_s=settings.grace_s,
+                    on_registered=lambda answer: _welcome(answer, on_registered),
+                )
+                await session.run(connection)
+            except EngineAway as error:
+                log.warning("%s; serving again when it does", error)
+                await holding.abandon(ABANDON_S)
+                await _until_well(engine, shutdown, settings.reconnect_max_s)
+            except ConnectionLost as error:
+                if time.monotonic() - began > STEADY_AFTER_S:
+                    failures = 0
+                # Of several routers the next is tried at once; a pause follows a whole round.
+                turn += 1
+                failures += 1
+                rounds, rest = divmod(failures, len(urls))
+                pause_s = 0 if rest else backoff_s(rounds - 1, settings.reconnect_max_s)
+                log.warning("no line to the router (%s); trying again in %.1f s", error, pause_s)
+                await _pause(shutdown, pause_s)
+    finally:
+        await holding.abandon(ABANDON_S)
 
 
 async def _until_well(engine: Engine, shutdown: Shutdown, most_s: float) -> None:

@@ -227,8 +227,19 @@ class ServedModel(BaseModel):
     max_tokens: int = Field(default=0, ge=0, le=100_000_000)
 
 
+class Held(BaseModel):
+    """An attempt that a worker has in hand, or has just ended, from before its line broke."""
+
+    job_id: str = Field(max_length=100, pattern=r"\A[\x21-\x7e]+\z")
+    attempt: int = Field(ge=1, le=1_000_000)
+
+
 class Registration(BaseModel):
-    """The first frame of a worker. The hardware fields are QueenBee's (QB-W2), all optional."""
+    """The first frame of a worker. The hardware fields are QueenBee's (QB-W2), all optional.
+
+    `holding`: what it was working on when its line broke. What the answer names in `resume` it says
+    again from the beginning, chunk 0 first, and goes on with it; the rest it stops.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -239,6 +250,7 @@ class Registration(BaseModel):
     models: list[ServedModel] = Field(min_length=1, max_length=200)
     slots: int = Field(default=1, ge=1, le=1024)
     min_fees: dict[str, dict[str, int]] | None = None
+    holding: list[Held] = Field(default=[], max_length=2000)
     worker_version: str | None = Field(default=None, max_length=50)
     cpu_count: int | None = None
     disk_space: int | None = None
@@ -256,6 +268,7 @@ class Registered(BaseModel):
     ln_url: str | None
     payable: bool
     commission_ppm: int
+    resume: list[Held] = []
 
 
 class Refused(BaseModel):

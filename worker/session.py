@@ -4,9 +4,10 @@
                      └── refused (closed)          a broken line: closed from anywhere
 
 While registered, every `assign` becomes an `Attempt` that the engine works on. When the line
-breaks, attempts are dropped: the router has given their jobs to somebody else. When the worker
-shuts down, it finishes what it can within the grace time and returns the rest. The same when its
-engine has gone: no worker is better than one that fails every job.
+breaks, the engine goes on, and the next session asks whether that is still wanted
+(`worker.holding`). When the worker shuts down, it finishes what it can within the grace time and
+returns the rest. The same when its engine has gone: no worker is better than one that fails every
+job.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from worker.attempts import Attempt
 from worker.connection import Connection, ConnectionLost
 from worker.engines import Engine
 from worker.errors import EngineAway, EngineDied, JobError, RegistrationRefused
+from worker.holding import Holding
 from worker.outbox import Outbox
 from worker.protocol import (
     MODEL_KIND,
@@ -62,21 +64,19 @@ class Session:
         registration: Registration,
         shutdown: Shutdown,
         *,
+        holding: Holding,
         grace_s: float,
         on_registered: Callable[[Registered], object],
     ) -> None:
         self._engine = engine
         self._registration = registration
+        self._holding = holding
         self._shutdown = shutdown
         self._grace_s = grace_s
         self._on_registered = on_registered
         self._outbox = Outbox()
-        self._attempts: dict[tuple[str, int], Attempt] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._engine_suspected = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     async def run(self, connection: Connection) -> None:
         """Register and serve until shutdown.
@@ -85,7 +85,14 @@ class Session:
         engine has gone hangs up, so that no more jobs come to it only to fail.
         """
         try:
-            self._on_registered(await self._register(connection))
+            answer = await self._register(connection)
+            self._holding.on_end = self._end
+            resumed = await self._holding.resume(
+                answer.resume, self._outbox, within_s=FLUSH_TIMEOUT_S
+            )
+            if resumed:
+                log.info("going on with %d jobs", resumed)
+            self._on_registered(answer)
             self._say_ready()
             await self._serve(connection)
         finally:
@@ -107,18 +114,13 @@ class Session:
             for part in done:
                 part.result()
         finally:
-            for attempt in self._attempts.values():
-                attempt.abandon()
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-            if self._tasks:
-                _, stuck = await asyncio.wait(self._tasks, timeout=FLUSH_TIMEOUT_S)
-                for task in stuck:
-                    task.cancel()
 
     async def _register(self, connection: Connection) -> Registered:
-        await connection.send(self._registration.model_dump_json(exclude_none=True).encode())
+        asking = self._registration.model_copy(update={"holding": self._holding.named()})
+        await connection.send(asking.model_dump_json(exclude_none=True).encode())
         try:
             answer = ROUTER_FRAME.validate_json(
                 await asyncio.wait_for(connection.receive(), ANSWER_TIMEOUT_S)
@@ -151,7 +153,7 @@ class Session:
                 case Assign():
                     self._assign(frame)
                 case Cancel():
-                    attempt = self._attempts.get((frame.job_id, frame.attempt))
+                    attempt = self._holding.attempts.get((frame.job_id, frame.attempt))
                     if attempt is not None:
                         attempt.cancel()
                 case Drain():
@@ -165,22 +167,18 @@ class Session:
 
     def _assign(self, assign: Assign) -> None:
         attempt = Attempt(assign, self._outbox)
-        if attempt.key in self._attempts:
+        if attempt.key in self._holding.attempts:
             return
         refusal = self._refusal(assign)
         if refusal is not None:
             attempt.fail(refusal)
             return
-        self._attempts[attempt.key] = attempt
-        self._idle.clear()
-        task = asyncio.create_task(self._work(assign, attempt))
-        self._tasks.add(task)
-        task.add_done_callback(lambda ended: self._end(attempt, ended))
+        self._holding.begin(attempt, asyncio.create_task(self._work(assign, attempt)))
 
     def _refusal(self, assign: Assign) -> JobError | None:
         if self._draining:
             return JobError(FailureCode.RETURNED, "the worker takes no more jobs")
-        if len(self._attempts) >= self._registration.slots:
+        if len(self._holding.attempts) >= self._registration.slots:
             return JobError(FailureCode.OVERLOADED, "all slots are taken")
         kind = MODEL_KIND[assign.job.kind]
         served = ((model.id, model.kind) for model in self._registration.models)
@@ -195,7 +193,7 @@ class Session:
         except ValidationError:
             log.warning("a frame that this version does not know was ignored")
             return
-        if (head.job_id, head.attempt) in self._attempts:
+        if (head.job_id, head.attempt) in self._holding.attempts:
             return
         attempt = Attempt(Assign.model_construct(**dict(head)), self._outbox)
         attempt.fail(JobError(FailureCode.BAD_REQUEST, "this worker cannot read the job"))
@@ -223,8 +221,6 @@ class Session:
         )
 
     def _end(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._attempts.pop(attempt.key, None)
         if not task.cancelled() and (bug := task.exception()) is not None:
             # Not an error that an engine knows: a mistake of ours. The job must not hang for it.
             # Where, and not what: the words of an exception may quote a prompt.
@@ -233,11 +229,9 @@ class Session:
             attempt.fail(JobError(FailureCode.ENGINE_ERROR, type(bug).__name__))
             self._engine_suspected.set()
         self._say_ready()
-        if not self._attempts:
-            self._idle.set()
 
     def _say_ready(self) -> None:
-        free = 0 if self._draining else self._registration.slots - len(self._attempts)
+        free = 0 if self._draining else self._registration.slots - len(self._holding.attempts)
         self._outbox.set_ready(free)
 
     # --- writing and leaving ---------------------------------------------------------------------
@@ -270,10 +264,10 @@ class Session:
         """Take no more, finish what ends within the grace time, return the rest, send it all."""
         self._draining = True
         self._say_ready()
-        if self._attempts:
-            log.info("finishing %d jobs, at most %g s", len(self._attempts), grace_s)
-        await _first_of(self._idle.wait(), self._shutdown.hurried.wait(), timeout_s=grace_s)
-        for attempt in list(self._attempts.values()):
+        if self._holding.attempts:
+            log.info("finishing %d jobs, at most %g s", len(self._holding.attempts), grace_s)
+        await _first_of(self._holding.idle.wait(), self._shutdown.hurried.wait(), timeout_s=grace_s)
+        for attempt in list(self._holding.attempts.values()):
             attempt.give_back()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._outbox.all_sent(), FLUSH_TIMEOUT_S)

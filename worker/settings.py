@@ -43,7 +43,8 @@ class WorkerSettings(BaseSettings):
 
     router_url: str = Field(
         default="http://127.0.0.1:8000",
-        description="The router: http(s)://host or ws(s)://host; `/worker` is added.",
+        description="The router: http(s)://host or ws(s)://host; `/worker` is added. Several routers of"
+        " one market, comma separated, are tried in turn.",
     )
     ln_url: str | None = Field(
         default=None,
@@ -140,7 +141,7 @@ class WorkerSettings(BaseSettings):
     @field_validator("router_url")
     @classmethod
     def _router_is_a_url(cls, url: str) -> str:
-        socket_url(url)
+        socket_urls(url)
         return url
 
 
@@ -153,6 +154,11 @@ def socket_url(router_url: str) -> str:
     if not path.endswith("/worker"):
         path += "/worker"
     return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
+
+
+def socket_urls(router_urls: str) -> list[str]:
+    """The same for several, comma separated. Raises ValueError."""
+    return [socket_url(url.strip()) for url in router_urls.split(",")]
 
 
 def worker_key(settings: WorkerSettings) -> str:

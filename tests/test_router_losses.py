@@ -1,0 +1,304 @@
+"""kill -9 of one of two routers in the middle of a paid stream: the market goes on without it.
+
+Real processes: two routers over one PostgreSQL and one NATS server, and a worker that knows both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from billing.trial_balance import trial_balance
+from router import presence
+from tests.conftest import url_of
+from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
+from tests.nats_tools import NatsServer
+from tests.reading import PATIENCE_S, until
+from tests.router_rig import Rig
+
+ASK: dict[str, Any] = {
+    "model": "echo",
+    "messages": [{"role": "user", "content": "Say it word by word, and do not lose any of them."}],
+    "max_tokens": 100,
+}
+# Slow enough for a router to die in the middle.
+TOKEN_S = 0.02
+SEEN_FIRST = 40
+
+
+class Pair:
+    """Routers A and B as processes, one database, one NATS server, one simulated network."""
+
+    def __init__(self, folder: Path, database_url: str) -> None:
+        network_port = free_port()
+        self.folder = folder
+        self.database_url = database_url
+        self.network_url = f"http://127.0.0.1:{network_port}"
+        self.network = network_part(folder, network_port)
+        self.nats = NatsServer(folder)
+        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in "ab"]
+        self.routers = [
+            router_part(
+                folder,
+                name=name,
+                port=int(url.rpartition(":")[2]),
+                network_url=self.network_url,
+                database_url=database_url,
+                nats_url=self.nats.url,
+                secret="7" * 64,
+            )
+            for name, url in zip("ab", self.urls, strict=True)
+        ]
+
+    async def start(self) -> None:
+        await self.nats.start()
+        for part in (self.network, *self.routers):
+            if not part.running:
+                await part.start()
+        for part in (self.network, *self.routers):
+            await part.until_healthy()
+
+    async def stop(self) -> None:
+        for part in (*self.routers, self.network):
+            await part.kill()
+        await self.nats.kill()
+
+    def client(self, router: int) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.urls[router], timeout=PATIENCE_S, trust_env=False)
+
+    def index(self, url: str) -> int:
+        return self.urls.index(url)
+
+    @asynccontextmanager
+    async def worker(self, first: int) -> AsyncIterator[Part]:
+        """A real worker that tries this router first, known at both."""
+        part = worker_part(
+            self.folder,
+            router_url=",".join((self.urls[first], self.urls[1 - first])),
+            network_url=self.network_url,
+            token_s=TOKEN_S,
+        )
+        await part.start()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                for url in self.urls:
+                    while not await _serves(url):
+                        assert part.running, part.tail()
+                        await asyncio.sleep(0.05)
+            yield part
+        finally:
+            await part.kill()
+
+    async def pay(self, invoice: str) -> str:
+        async with httpx.AsyncClient(base_url=self.network_url, trust_env=False) as network:
+            paid = await network.post("/v1/pay", json={"invoice": invoice})
+            assert paid.status_code == 200, paid.text
+            return paid.json()["preimage"]
+
+    async def buy(self, router: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """A job bought with an invoice: its credential, and where it is followed."""
+        async with self.client(router) as http:
+            due = (await http.post("/jobs", json=ASK | {"kind": "chat"})).json()
+            preimage = await self.pay(due["invoice"])
+            paid = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+            made = await http.post("/jobs", json=ASK | {"kind": "chat"}, headers=paid)
+            assert made.status_code == 202, made.text
+            return paid, made.json()["jobs"][0]
+
+    async def check_books(self, *, jobs: int) -> None:
+        """The trial balance is zero, nothing is held, and so many jobs were ever made."""
+        database = await asyncpg.connect(self.database_url)
+        try:
+            async with database.transaction(isolation="repeatable_read"):
+                trial = await trial_balance(database)
+            assert trial.in_order, trial
+            assert not trial.lines.get("liabilities:escrow")
+            assert await database.fetchval("select count(*) from jobs") == jobs
+            await database.execute("delete from jobs")
+        finally:
+            await database.close()
+
+
+async def _serves(url: str) -> bool:
+    try:
+        async with httpx.AsyncClient(timeout=2, trust_env=False) as http:
+            models = (await http.get(f"{url}/info")).json().get("models", [])
+    except (httpx.HTTPError, ValueError):
+        return False
+    return any(model["workers"] for model in models)
+
+
+@pytest.fixture(scope="module")
+def pair_of_processes(
+    postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    async def run(statement: str) -> None:
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute(statement)
+        await connection.close()
+
+    name = f"satherd_pair_{os.getpid()}"
+    pair = Pair(tmp_path_factory.mktemp("pair"), url_of(postgres_url, name))
+    asyncio.run(run(f"create database {name} template {template}"))
+    yield pair
+    asyncio.run(pair.stop())
+    asyncio.run(run(f"drop database {name} with (force)"))
+
+
+@pytest.fixture
+async def pair(pair_of_processes: Pair) -> Pair:
+    if not pair_of_processes.nats.running:
+        await pair_of_processes.start()
+    for part in pair_of_processes.routers:
+        if not part.running:
+            await part.start()
+        await part.until_healthy()
+    return pair_of_processes
+
+
+class Follower:
+    """Reads a job's events, and goes on at another router where it was cut off."""
+
+    def __init__(self, link: dict[str, Any], headers: dict[str, str]) -> None:
+        self.text = ""
+        self.last_id: str | None = None
+        self.done: dict[str, Any] | None = None
+        self.states: list[tuple[str, int]] = []
+        self._link = link
+        self._headers = headers
+
+    async def read(self, http: httpx.AsyncClient, *, at_least: int | None = None) -> None:
+        """Until the end, or until so many characters have been read; or until the line breaks."""
+        headers = self._headers | ({"Last-Event-ID": self.last_id} if self.last_id else {})
+        event_id: str | None = None
+        try:
+            async with http.stream("GET", self._link["events_url"], headers=headers) as reply:
+                assert reply.status_code == 200, await reply.aread()
+                async for line in reply.aiter_lines():
+                    if line.startswith("id: "):
+                        event_id = line.removeprefix("id: ")
+                    elif line.startswith("data: "):
+                        self._take(json.loads(line.removeprefix("data: ")))
+                    elif not line:
+                        self.last_id = event_id or self.last_id
+                        if self.done or (at_least is not None and len(self.text) >= at_least):
+                            return
+        except httpx.HTTPError:
+            return
+
+    def _take(self, data: dict[str, Any]) -> None:
+        if "error" in data:
+            raise AssertionError(data)
+        if isinstance(data["job"], dict):
+            self.done = data["job"]
+        elif "state" in data:
+            self.states.append((data["state"], data["attempt"]))
+        else:
+            self.text += data.get("text", "")
+
+    @property
+    def answer(self) -> str:
+        """What is stored as the whole answer."""
+        assert self.done is not None and self.done["state"] == "succeeded", self.done
+        return self.done["result"]["choices"][0]["message"]["content"]
+
+
+async def test_a_client_whose_router_is_killed_resumes_at_the_other(pair: Pair):
+    """The worker is at B, the client at A. Not a character is lost or said twice."""
+    async with pair.worker(first=1):
+        paid, link = await pair.buy(0)
+        follower = Follower(link, paid)
+        async with pair.client(0) as a:
+            await follower.read(a, at_least=SEEN_FIRST)
+        await pair.routers[0].kill()
+        assert follower.done is None
+        async with pair.client(1) as b:
+            await asyncio.wait_for(follower.read(b), PATIENCE_S)
+            assert follower.text == follower.answer
+            assert {attempt for _, attempt in follower.states} == {1}
+            # And the OpenAI way: the same credential, the same request, the same answer.
+            again = await b.post("/jobs", json=ASK | {"kind": "chat"}, headers=paid)
+            assert again.json()["jobs"][0]["id"] == link["id"]
+    await pair.check_books(jobs=1)
+
+
+async def test_a_stream_goes_on_when_the_router_of_its_worker_is_killed(pair: Pair):
+    """The client at A sees nothing of it: the worker comes to A and goes on with the job."""
+    async with pair.worker(first=1):
+        paid, link = await pair.buy(0)
+        follower = Follower(link, paid)
+        async with pair.client(0) as a:
+            reading = asyncio.create_task(follower.read(a))
+
+            async def begun() -> bool:
+                return len(follower.text) >= SEEN_FIRST
+
+            await until(begun)
+            await pair.routers[1].kill()
+            await asyncio.wait_for(reading, PATIENCE_S)
+            assert follower.text == follower.answer
+            assert {attempt for _, attempt in follower.states} == {1}
+    await pair.check_books(jobs=1)
+
+
+async def test_client_and_worker_of_a_killed_router_meet_again_at_the_other(pair: Pair):
+    async with pair.worker(first=1):
+        paid, link = await pair.buy(1)
+        follower = Follower(link, paid)
+        async with pair.client(1) as b:
+            await follower.read(b, at_least=SEEN_FIRST)
+        await pair.routers[1].kill()
+        assert follower.done is None
+        async with pair.client(0) as a:
+            await asyncio.wait_for(follower.read(a), PATIENCE_S)
+        assert follower.text == follower.answer
+        assert {attempt for _, attempt in follower.states} == {1}
+    await pair.check_books(jobs=1)
+
+
+async def test_what_hung_on_a_lost_router_is_taken_back_or_cancelled(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Its running jobs without waiting for their leases; jobs of its clients' connections (§3.5)."""
+    monkeypatch.setattr(presence, "LOST_S", 1.0)
+    monkeypatch.setattr(presence, "STALE_S", 0.5)
+    key = await router.bearer()
+    ask = {"kind": "chat", "model": "test-model", "messages": ASK["messages"], "max_tokens": 20}
+    async with router.worker() as worker:
+        links = []
+        for _ in range(3):
+            made = await router.http.post("/jobs", json=ask, headers=key)
+            links.append(made.json()["jobs"][0]["id"])
+        await worker.job()
+        await router.query(
+            "insert into routers (id, seen_at) values ('dead', now() - interval '5 minutes')"
+        )
+        await router.query("update jobs set attached_to = 'dead' where id = $1", links[1])
+        await router.query(
+            "with gone as (delete from queue where job_id = $1)"
+            " update jobs set state = 'running', attempt = 1, router_id = 'dead', worker_id = 'x',"
+            " started_at = now(), commission_ppm = 0, lease_ends_at = now() + interval '1 hour'"
+            " where id = $1",
+            links[2],
+        )
+
+        async def settled() -> bool:
+            rows = await router.query("select id, state, attempt, end_reason from jobs")
+            found = {row["id"]: row for row in rows}
+            gone = found[links[1]]
+            assert found[links[0]]["state"] == "running"
+            return (gone["state"], gone["end_reason"]) == ("cancelled", "client_gone") and found[
+                links[2]
+            ]["state"] == "queued"
+
+        await until(settled)
+    assert (await router.books()).in_order
