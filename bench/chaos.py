@@ -3,11 +3,13 @@
     python -m bench.chaos                         ten rounds of twelve kills
     python -m bench.chaos --minutes 30            as many rounds as fit
     python -m bench.chaos --seed 7 --rounds 1     the victims and moments of one round again
+    python -m bench.chaos --routers 2             always two routers with NATS between them
 
-Each round is a fresh Satherd of real processes: PostgreSQL inside the router, a worker, and the
-simulated Lightning network (no real money). Clients buy with keys and by the request, stream,
-cancel, bump and withdraw; `kill -9` takes the router, PostgreSQL, the worker or the network; in the
-end everything is up, nothing is under way, and the invariants must hold (tests/crash_checks.py).
+Each round is a fresh Satherd of real processes, with the simulated Lightning network (no real money):
+by turns one router with PostgreSQL inside and a worker, and two routers over one PostgreSQL and one
+NATS server with two workers, each client request to either. Clients buy with keys and by the request,
+stream, cancel, bump and withdraw; `kill -9` takes a router, PostgreSQL, NATS, a worker or the network;
+in the end everything is up, nothing is under way, and the invariants must hold (tests/crash_checks.py).
 The folder of a round in which one did not is kept, with the logs. Exit status 1 if there was any.
 """
 
@@ -23,6 +25,7 @@ import time
 from pathlib import Path
 
 from tests import crash_story
+from tests.crash_pair_rig import CrashPairRig
 from tests.crash_rig import CrashRig
 from tests.crash_story import Report
 
@@ -34,7 +37,7 @@ def main() -> int:
     ends_at = time.monotonic() + options.minutes * 60 if options.minutes else None
     rounds = wrong = 0
     while (time.monotonic() < ends_at) if ends_at else rounds < options.rounds:
-        report, folder = _round(options, first + rounds)
+        report, folder = _round(options, first + rounds, rounds)
         rounds += 1
         print(_words(report), flush=True)
         if report.wrong:
@@ -46,7 +49,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _round(options: argparse.Namespace, seed: int) -> tuple[Report, Path]:
+def _round(options: argparse.Namespace, seed: int, number: int) -> tuple[Report, Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"satherd-chaos-{seed}-"))
     # PostgreSQL may run as another user, who has to pass through here.
     folder.chmod(0o755)
@@ -55,7 +58,8 @@ def _round(options: argparse.Namespace, seed: int) -> tuple[Report, Path]:
         seed=seed,
         kills=options.kills,
         clients=options.clients,
-        victims=tuple(options.victims),
+        victims=tuple(options.victims) if options.victims else None,
+        pair=options.routers == 2 or (options.routers is None and number % 2 == 1),
         longest_pause_s=options.pause,
     )
     try:
@@ -83,12 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=12, help="in each round (default 12)")
     parser.add_argument("--clients", type=int, default=6, help="at once (default 6)")
     parser.add_argument("--pause", type=float, default=2.0, help="most seconds between two kills")
+    parser.add_argument(
+        "--routers", type=int, choices=(1, 2), help="in every round (default: by turns)"
+    )
     parser.add_argument("--seed", type=int, help="of the first round; the next ones count up")
     parser.add_argument(
         "--victims",
         nargs="+",
-        choices=CrashRig.VICTIMS,
-        default=list(CrashRig.VICTIMS),
+        choices=sorted({*CrashRig.VICTIMS, *CrashPairRig.VICTIMS}),
         help="who may be killed (default: all)",
     )
     return parser

@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,17 +66,26 @@ class Credential:
 class Clients:
     """All clients of one run. What they do is drawn from `draw`, so that a seed repeats it."""
 
-    def __init__(self, url: str, network_url: str, draw: random.Random) -> None:
+    def __init__(self, urls: Sequence[str], network_url: str, draw: random.Random) -> None:
         self.notes = Notes()
         self.patience_s = 30.0
         self._draw = draw
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(base_url=url, timeout=HTTP_S, trust_env=False, limits=limits)
+        self._routers = [
+            httpx.AsyncClient(base_url=url, timeout=HTTP_S, trust_env=False, limits=limits)
+            for url in urls
+        ]
         self._network = httpx.AsyncClient(base_url=network_url, timeout=HTTP_S, trust_env=False)
         self._stopping = False
 
+    @property
+    def _http(self) -> httpx.AsyncClient:
+        """A client of whichever router: each request goes to another, as behind a load balancer."""
+        return self._draw.choice(self._routers)
+
     async def aclose(self) -> None:
-        await self._http.aclose()
+        for router in self._routers:
+            await router.aclose()
         await self._network.aclose()
 
     async def open_accounts(self, count: int) -> None:

@@ -170,11 +170,19 @@ def router_part(
     return Part(name, folder, argv, environment, lambda: answers(url))
 
 
-def worker_part(folder: Path, *, router_url: str, network_url: str, token_s: float = 0.02) -> Part:
-    """A worker with the echo engine, paid at a wallet of the simulated network."""
+def worker_part(
+    folder: Path,
+    *,
+    router_url: str,
+    network_url: str,
+    token_s: float = 0.02,
+    name: str = "worker",
+) -> Part:
+    """A worker with the echo engine, paid at a wallet of the simulated network. `router_url`: of one
+    router, or of several, comma separated."""
     environment = {
         "SATHERD_ROUTER_URL": router_url,
-        "SATHERD_DATA_DIR": str(folder / "worker"),
+        "SATHERD_DATA_DIR": str(folder / name),
         "SATHERD_ENGINE": "echo",
         "SATHERD_SLOTS": "4",
         "SATHERD_ECHO_TOKEN_S": str(token_s),
@@ -185,12 +193,14 @@ def worker_part(folder: Path, *, router_url: str, network_url: str, token_s: flo
     async def registered() -> bool:
         try:
             async with httpx.AsyncClient(timeout=2, trust_env=False) as http:
-                models = (await http.get(f"{router_url}/info")).json().get("models", [])
+                models = (
+                    (await http.get(f"{router_url.split(',')[0]}/info")).json().get("models", [])
+                )
         except (httpx.HTTPError, ValueError):
             return False
         return any(model["workers"] for model in models)
 
-    return Part("worker", folder, ["-m", "worker.main"], environment, registered)
+    return Part(name, folder, ["-m", "worker.main"], environment, registered)
 
 
 WORKER_WALLET = "worker"
@@ -214,6 +224,14 @@ class CrashRig:
     @property
     def parts(self) -> dict[str, Part]:
         return {part.name: part for part in (self.network, self.router, self.worker)}
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.url]
+
+    @property
+    def routers(self) -> list[Part]:
+        return [self.router]
 
     @property
     def database_url(self) -> str:

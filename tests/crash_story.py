@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests import crash_checks
 from tests.crash_load import Clients
+from tests.crash_pair_rig import CrashPairRig, running_crash_pair
 from tests.crash_rig import CrashRig, running_crash_rig
 
 
@@ -31,24 +32,27 @@ async def run(
     seed: int,
     kills: int,
     clients: int = 6,
-    victims: tuple[str, ...] = CrashRig.VICTIMS,
+    victims: tuple[str, ...] | None = None,
+    pair: bool = False,
     longest_pause_s: float = 2.0,
     payouts_s: float = 240,
     payouts_must: bool = True,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Who is killed, when, and for how long is drawn from `seed`; the load is as well."""
+    """Who is killed, when, and for how long is drawn from `seed`; the load is as well. `pair`: two
+    routers and a NATS server, in place of one router with its PostgreSQL inside."""
     say(f"crash run: seed {seed}, {kills} kills")
     draw = random.Random(seed)
-    async with running_crash_rig(folder) as rig:
+    running = running_crash_pair(folder) if pair else running_crash_rig(folder)
+    async with running as rig:
         opening_msat = await crash_checks.opening_msat(rig.network_url)
-        shoppers = Clients(rig.url, rig.network_url, random.Random(draw.random()))
+        shoppers = Clients(rig.urls, rig.network_url, random.Random(draw.random()))
         try:
             await shoppers.open_accounts(3)
             async with asyncio.TaskGroup() as group:
                 for _ in range(clients):
                     group.create_task(shoppers.shop())
-                await _torment(rig, draw, kills, victims, longest_pause_s, say)
+                await _torment(rig, draw, kills, victims or rig.VICTIMS, longest_pause_s, say)
                 await rig.until_healthy()
                 shoppers.stop()
             async with rig.database() as connection:
@@ -78,7 +82,7 @@ async def run(
 
 
 async def _torment(
-    rig: CrashRig,
+    rig: CrashRig | CrashPairRig,
     draw: random.Random,
     kills: int,
     victims: tuple[str, ...],
@@ -104,11 +108,11 @@ _EXPECTED = re.compile(
 )
 
 
-def _complaints(rig: CrashRig) -> list[str]:
+def _complaints(rig: CrashRig | CrashPairRig) -> list[str]:
     """What a router logs only when it has a bug."""
-    lines = rig.router.log_text().splitlines()
     return [
-        f"router.log: {line[:300]}"
-        for line in lines
+        f"{router.name}.log: {line[:300]}"
+        for router in rig.routers
+        for line in router.log_text().splitlines()
         if ("[error " in line and not _EXPECTED.search(line)) or "never retrieved" in line
     ][:10]

@@ -20,7 +20,7 @@ from billing.ln_url import parse_ln_url
 from router.settings import Settings
 from worker.llama_install import VERSION as LLAMA_VERSION
 from worker.llama_install import build_environment
-from worker.settings import WorkerSettings, socket_url
+from worker.settings import WorkerSettings, socket_url, socket_urls
 
 REPOSITORY = Path(__file__).parent.parent
 SECRETS = {
@@ -28,6 +28,8 @@ SECRETS = {
     "SATHERD_ADMIN_TOKEN": "0123456789abcdef0123456789abcdef",
 }
 OURS = ("simulated-lightning", "migrate", "router", "worker", "client")
+# Of the profile with two routers; old versions show them without it.
+MANY = ("router-2", "nats", "load-balancer")
 
 
 def compose_command() -> list[str]:
@@ -45,11 +47,11 @@ def compose_command() -> list[str]:
     pytest.skip("docker-compose is not installed")
 
 
-def config(**environ: str) -> subprocess.CompletedProcess[str]:
+def config(*options: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """`docker-compose config`, with nothing of our own environment's settings."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
-        [*compose_command(), "--project-directory", str(REPOSITORY), "config"],
+        [*compose_command(), "--project-directory", str(REPOSITORY), *options, "config"],
         cwd=REPOSITORY,
         env=kept | environ,
         capture_output=True,
@@ -96,7 +98,7 @@ def test_compose_refuses_to_run_without_a_secret(missing: str) -> None:
 def test_compose_brings_up_a_database_a_network_a_router_and_a_worker(
     services: dict[str, dict[str, Any]],
 ) -> None:
-    assert set(OURS) | {"postgres"} >= set(services) >= {"postgres", *OURS[:4]}
+    assert {*OURS, *MANY, "postgres"} >= set(services) >= {"postgres", *OURS[:4]}
     for name in OURS[:4]:
         assert services[name]["image"] == services["router"]["image"]
         assert "entrypoint" not in services[name], "the commands inside are those outside"
@@ -171,8 +173,9 @@ def test_only_the_router_is_reached_from_outside_and_only_from_this_machine(
     services: dict[str, dict[str, Any]],
 ) -> None:
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
-    assert list(published) == ["router"]
-    assert "127.0.0.1" in json.dumps(published["router"])
+    assert set(published) - {"load-balancer"} == {"router"}
+    for ports in published.values():
+        assert "127.0.0.1" in json.dumps(ports)
     for name in ("postgres", "simulated-lightning"):
         assert list(services[name]["networks"]) == ["back"]
     for name in ("worker", "client"):
@@ -181,6 +184,37 @@ def test_only_the_router_is_reached_from_outside_and_only_from_this_machine(
     assert yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["networks"]["back"] == {
         "internal": True
     }
+
+
+def test_the_profile_many_has_two_routers_that_are_one_market(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same database, secret and NATS server; a load balancer before both, with its file."""
+    environ = {
+        "SATHERD_SECRET": "6" * 64,
+        "SATHERD_NATS_URL": "nats://nats:4222",
+        "SATHERD_ROUTER_URLS": "http://router:8000,http://router-2:8000",
+    }
+    done = config("--profile", "many", **SECRETS, **environ)
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    assert set(services) >= {"postgres", *OURS[:4], *MANY}
+    first, second = services["router"], services["router-2"]
+    assert first["environment"] == second["environment"]
+    assert first["volumes"] != second["volumes"]
+    assert list(services["nats"]["networks"]) == ["back"]
+    monkeypatch.chdir(tmp_path)
+    for name, value in first["environment"].items():
+        if name.startswith("SATHERD_") and value is not None:
+            monkeypatch.setenv(name, str(value))
+    settings = Settings()
+    assert settings.nats_url is not None and settings.secret is not None
+    port = words(services["nats"]["command"])[-1]
+    assert settings.nats_url.get_secret_value() == f"nats://nats:{port}"
+    balanced = re.findall(r"server ([\w-]+):8000", (REPOSITORY / "deploy/nginx.conf").read_text())
+    assert balanced == ["router", "router-2"]
+    told = services["worker"]["environment"]["SATHERD_ROUTER_URL"]
+    assert socket_urls(told) == ["ws://router:8000/worker", "ws://router-2:8000/worker"]
 
 
 def test_everything_that_keeps_state_keeps_it_in_a_volume(

@@ -30,6 +30,7 @@ from router.embedded_postgres import EmbeddedPostgres
 from tests import crash_story
 from tests.conftest import url_of
 from tests.crash_rig import Part, free_port, network_part, router_part
+from tests.nats_tools import nats_command
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker, running_rig
 
@@ -595,4 +596,23 @@ async def test_kills_at_random_moments_under_load_lose_nothing(tmp_path: Path):
     )
     assert not report.wrong, f"seed {seed}: {report.wrong}"
     assert sum(report.kills.values()) >= 4
+    assert sum(n for how, n in report.ended.items() if how.startswith("succeeded")) >= 5
+
+
+async def test_kills_at_random_moments_of_two_routers_lose_nothing(tmp_path: Path):
+    """The same for routers that are one market: either of them, NATS between them, PostgreSQL."""
+    nats_command()
+    seed = int(os.environ.get("SATHERD_CHAOS_SEED") or random.randrange(1 << 30))
+    report = await crash_story.run(
+        tmp_path,
+        seed=seed,
+        kills=5,
+        pair=True,
+        victims=("router-a", "router-b", "nats", "postgres"),
+        longest_pause_s=1.0,
+        payouts_s=3,
+        payouts_must=False,
+    )
+    assert not report.wrong, f"seed {seed}: {report.wrong}"
+    assert sum(report.kills.values()) >= 3
     assert sum(n for how, n in report.ended.items() if how.startswith("succeeded")) >= 5
