@@ -30,6 +30,7 @@ async def changing(core: Core) -> AsyncIterator[Any]:
     async with core.database.transaction() as connection:
         await connection.execute("select pg_advisory_xact_lock(hashtextextended('audit', 0))")
         yield connection
+    core.relay.tell_changed()
 
 
 async def note(connection: Any, action: str, subject: str, before: Any, after: Any) -> None:

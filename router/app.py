@@ -199,7 +199,7 @@ async def running_core(
     settings: Settings, *, clock: Callable = utc_now, exchange: Exchange | None = None
 ) -> AsyncIterator[Core]:
     """All parts of a router, started in order and stopped in the reverse order."""
-    if settings.nats_url is not None and settings.secret is None:
+    if settings.nats_url and settings.secret is None:
         raise CannotStart(
             "set SATHERD_SECRET, the same at every router: SATHERD_NATS_URL joins it to others, whose"
             " credentials it must know (make one with: openssl rand -hex 32)"
@@ -474,7 +474,7 @@ def _join(
 def _bus(
     settings: Settings, secrets: MasterSecrets, this_router: str, exchange: Exchange | None
 ) -> Bus:
-    if settings.nats_url is None:
+    if not settings.nats_url:
         return InProcessBus(this_router, exchange)
     # Routers of one market share a secret, and no other market knows its name.
     market = hmac.new(secrets.current, b"bus", hashlib.sha256).hexdigest()[:24]
@@ -547,7 +547,13 @@ async def _follow_rates(core: Core) -> None:
 async def _refresh_for_ever(core: Core) -> None:
     """See what an admin has changed at another router."""
     while True:
-        await asyncio.sleep(SETTINGS_REFRESH_S)
+        try:
+            async with asyncio.timeout(SETTINGS_REFRESH_S):
+                await core.relay.changed.wait()
+            core.relay.changed.clear()
+            core.quotes.fees.forget()
+        except TimeoutError:
+            pass
         try:
             async with core.database.connection() as connection:
                 await core.runtime.load(connection)

@@ -52,6 +52,11 @@ class Bus(Protocol):
         """Whether what is sent now can be expected to arrive."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether there can be nobody who hears it."""
+        ...
+
     def send(self, to: str, message: Message) -> None:
         """Tell one router. Returns at once; nothing is raised and nothing promised."""
         ...
@@ -170,9 +175,13 @@ class InProcessBus(Parcels):
     def up(self) -> bool:
         return self._task is not None
 
+    @property
+    def alone(self) -> bool:
+        return len(self._exchange.members) < 2
+
     def send(self, to: str, message: Message) -> None:
-        # Alone there is nobody to tell, and nothing to keep for anybody.
-        if len(self._exchange.members) > 1:
+        # Alone there is nothing to keep for anybody.
+        if not self.alone:
             super().send(to, message)
 
     def start(self) -> None:

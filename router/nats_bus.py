@@ -47,6 +47,10 @@ class NatsBus(Parcels):
     def up(self) -> bool:
         return self._client is not None and self._client.is_connected
 
+    @property
+    def alone(self) -> bool:
+        return False
+
     def start(self) -> None:
         self._tasks = [
             asyncio.create_task(self._stay_connected(), name="nats"),

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.database import Database, DatabaseUnavailable
-from router.lanes import answer_limit
 from router.market import Market
 from router.models import Models
 from router.relay import Relay
@@ -125,7 +124,9 @@ class Presence:
 
     def say(self) -> None:
         """Tell the others of our workers now: one has just joined, or the bus is back."""
-        self._relay.bus.tell_all(["hello", self._summary(), self._market.last_multiplier_milli])
+        if not self._relay.bus.alone:
+            lasts = self._market.last_multiplier_milli
+            self._relay.bus.tell_all(["hello", self._summary(), lasts])
 
     async def _say_for_ever(self) -> None:
         while True:
@@ -239,14 +240,12 @@ class Presence:
         self.on_change()
 
     def _summary(self) -> list[dict[str, Any]]:
-        groups: dict[Any, list[Worker]] = {}
+        groups: dict[tuple[int, Any], list[Worker]] = {}
         for worker in self._fleet.all():
             if not worker.draining:
-                limits = tuple(
-                    (m.kind, m.id, m.context_length, answer_limit(m)) for m in worker.models
-                )
+                # Workers whose models have the same limits share the set of their lanes.
                 floors = tuple(sorted(worker.floors.items()))
-                groups.setdefault((limits, floors), []).append(worker)
+                groups.setdefault((id(worker.lanes), floors), []).append(worker)
         return [_group(workers) for workers in groups.values()]
 
 

@@ -50,6 +50,7 @@ class Relay:
         self._wake_later: asyncio.TimerHandle | None = None
         self.look_soon: Callable[[Iterable[str]], None] = lambda job_ids: None
         self.on_work: Callable[[], None] = lambda: None
+        self.changed = asyncio.Event()
         self.on_come: Callable[[str], None] = lambda worker_id: None
         self.on_hello: Callable[[str, Message], None] = lambda sender, message: None
         self._handlers: dict[str, Callable[..., None]] = {
@@ -65,6 +66,7 @@ class Relay:
             "shown": self._on_shown,
             "cancel": self._on_cancel,
             "come": self._on_come,
+            "changed": self._on_changed,
         }
         bus.on_message = self._on_message
         bus.on_gap = self.ask_again
@@ -265,6 +267,13 @@ class Relay:
         running = self._attempts.running.get(job_id)
         if running is not None and running.claimed.attempt == attempt:
             running.stream.shown = True
+
+    def tell_changed(self) -> None:
+        """An admin has changed something, and it is in the database."""
+        self.bus.tell_all(["changed"])
+
+    def _on_changed(self, sender: str) -> None:
+        self.changed.set()
 
     def tell_come(self, worker_id: str) -> None:
         """A worker has come: whoever still thinks to have it is mistaken."""

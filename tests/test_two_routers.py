@@ -375,7 +375,7 @@ async def test_prices_waits_and_what_is_served_go_by_the_workers_of_all_routers(
 
 
 async def test_what_an_admin_orders_at_one_router_reaches_the_workers_of_the_other(pair):
-    """Drain, ban, pause and fees: within the time in which settings are read again."""
+    """Drain, ban, pause and fees: told by the bus, and read again from time to time without it."""
     a, b = pair
     admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     async with worker_at(b, known_at=a) as worker:
@@ -388,8 +388,11 @@ async def test_what_an_admin_orders_at_one_router_reaches_the_workers_of_the_oth
         await until(draining)
         changed = await a.http.put("/admin/fees", json={"prompt_fee_msat": 7000}, headers=admin)
         assert changed.status_code == 200
-        shown = (await b.http.get("/info")).json()["fees"]
-        assert shown["prompt_fee_msat"] == 7000
+
+        async def shown() -> bool:
+            return (await b.http.get("/info")).json()["fees"]["prompt_fee_msat"] == 7000
+
+        await until(shown)
         await a.http.post("/admin/pause", json={"message": "back soon"}, headers=admin)
 
         async def paused() -> bool:
