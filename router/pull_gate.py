@@ -118,6 +118,7 @@ class PullGate:
             session = await self._session(offer)
         await self._check_in(session)
         session.asked_too_much = 0
+        session.make_room()
         given: list[Given] = []
         while len(given) < amount:
             claimed = await self._dispatcher.claim_for(session.worker, suits=session.suits)

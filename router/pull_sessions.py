@@ -37,6 +37,9 @@ REMEMBERED_S = 3600.0
 _MOST_REMEMBERED = 100_000
 # As for every worker: more than this is no answer to what was asked.
 _BYTES_PER_TOKEN, _BYTES_SPARE = 64, 65_536
+# A worker that asks is idle, whatever it has: KoboldCpp drops what failed without a word (KP-6), and
+# several of its threads may ask by one name. So many jobs beyond its threads is it given.
+MORE_JOBS = 8
 # How long a worker waits to hear what it has earned.
 SETTLE_S = 10.0
 
@@ -168,6 +171,13 @@ class PullSession:
     def context_length(self) -> int:
         return max(model.context_length for model in self.worker.models)
 
+    def make_room(self) -> None:
+        """It asks for a job: it gets one although it has as many as it has threads."""
+        has = len(self.worker.busy)
+        self.worker.slots = max(
+            self.offered.threads, min(has + 1, self.offered.threads + MORE_JOBS)
+        )
+
     def suits(self, spec_json: str) -> bool:
         """Whether a job that fits its lanes can be given to it: one that can be said as a prompt,
         for a client that asked for no more context than it has (KC-6, E3-31)."""
@@ -255,6 +265,7 @@ class PullSession:
             return False
         self._mine.pop(held.id, None)
         self.worker.busy.discard(held.running.claimed.job_id)
+        self.worker.slots = max(self.offered.threads, len(self.worker.busy))
         self._on_idle()
         return True
 

@@ -12,7 +12,7 @@ import pytest
 
 from billing.ledger import balance_msat as ledger_msat
 from billing.ledger import worker as worker_account
-from router.pull_sessions import STALE_S, PullSession
+from router.pull_sessions import MORE_JOBS, STALE_S, PullSession
 from tests.door_tools import CHAT, post_job, set_rates, until_state
 from tests.poll_tools import (
     HORDE_PROMPT,
@@ -297,6 +297,19 @@ async def test_a_job_that_is_never_answered_comes_back_when_its_time_is_over(rou
     await until_state(router, rows[0]["id"], "queued")
     assert await worker.once()
     assert (await until_done(router, request_id, horde=True))["restarted"] == 1
+
+
+async def test_a_worker_that_dropped_a_job_without_a_word_gets_another_one(router: Rig):
+    """KP-6: it asks again, so it is idle; not without end, or it could empty the queue."""
+    worker = KoboldCpp(router, a_key())
+    await worker.pop()
+    await kobold_prompt(router, await apikey(router), params={"n": 20, "max_length": 8})
+    popped = [await worker.pop() for _ in range(12)]
+    assert len({pop["id"] for pop in popped if pop["id"]}) == 1 + MORE_JOBS
+    assert session(router).worker.slots == 1 + MORE_JOBS
+    for pop in popped[: 1 + MORE_JOBS]:
+        assert (await worker.submit(pop["id"], "late, but here")).status_code == 200
+    assert session(router).worker.slots == 1
 
 
 async def test_a_bridge_of_2022_is_not_left_in_a_loop_with_a_late_answer(router: Rig):
