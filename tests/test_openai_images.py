@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 from typing import Any
 
 import pytest
@@ -209,6 +210,7 @@ async def test_an_answer_without_its_picture_costs_nothing(router: Rig, images: 
     [
         {"revised_prompt": "nothing else"},
         {"b64_json": "not base64!"},
+        {"b64_json": "iVBORw0KGgo"},  # cut off
         {"url": "file:///etc/passwd"},
         {"url": "javascript:alert(1)"},
     ],
@@ -223,6 +225,35 @@ async def test_a_worker_that_sends_no_picture_as_one_is_cut_off(router: Rig, pic
     await until_state(router, links["id"], "queued")
     gone = await router.http.delete(links["status_url"], headers=token(links))
     assert gone.json()["charged_msat"] == 0
+
+
+async def test_a_picture_has_a_receipt_like_any_answer(router: Rig):
+    """The hash of its receipt is that of the picture's bytes."""
+    key = await router.bearer()
+    async with router.worker(models=PAINTER) as worker:
+        made = await router.http.post("/jobs", json={"kind": "image", **RABBIT}, headers=key)
+        links = made.json()["jobs"][0]
+        await paint(worker)
+        await until_state(router, links["id"], "succeeded")
+        shown = await router.http.get(f"{links['status_url']}/receipt", headers=token(links))
+    facts = shown.json()["facts"]
+    assert facts["kind"] == "image"
+    assert facts["answer_sha256"] == hashlib.sha256(base64.b64decode(PIXEL)).hexdigest()
+
+
+async def test_a_picture_whose_worker_is_lost_is_made_by_another_for_one_fee(router: Rig):
+    await set_rates(router, RATES)
+    key = await router.bearer()
+    async with router.worker(models=PAINTER) as lost:
+        made = await router.http.post("/jobs", json={"kind": "image", **RABBIT}, headers=key)
+        links = made.json()["jobs"][0]
+        await lost.job()
+    async with router.worker(models=PAINTER) as worker:
+        await paint(worker)
+        row = await until_state(router, links["id"], "succeeded")
+    assert (row["attempt"], row["charged_msat"]) == (2, BASE_MSAT)
+    assert await balance_msat(router, key) == 1_000_000 - BASE_MSAT
+    assert (await router.books()).in_order
 
 
 async def test_a_picture_that_is_cancelled_while_it_is_made_costs_the_prompt(router: Rig):

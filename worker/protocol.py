@@ -434,6 +434,9 @@ class Picture(BaseModel):
     def _is_there(self) -> Picture:
         if self.b64_json is None and self.url is None:
             raise ValueError("a picture needs b64_json or url")
+        # With the pattern this is what makes it decodable, without decoding it.
+        if self.b64_json is not None and len(self.b64_json) % 4:
+            raise ValueError("b64_json is cut off")
         return self
 
 
