@@ -45,6 +45,7 @@ async def test_workers_are_listed_with_what_they_do_and_are_owed(router: Rig):
         assert by_id[second.id]["ln_url"] is None
         assert all(worker["online"] and not worker["banned"] for worker in shown)
         assert first.key not in str(shown)
+        await waits[taken].say(taken.result(), "Hi.")
         await waits[taken].finish(taken.result(), tokens=1)
         await job
     page = (await admin(router, "GET", "/workers?limit=1")).json()
