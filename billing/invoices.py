@@ -1,4 +1,4 @@
-"""Invoices of ours: issue, watch, credit what was paid.
+"""Invoices of ours: issue them, credit what was paid (billing.invoice_watcher sees it).
 
         issue
           │
@@ -15,13 +15,12 @@ for a hash that is none of ours goes to `liabilities:unassigned`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -29,16 +28,12 @@ from billing import bolt11_codec, ledger
 from billing.accounts import hash_secret
 from billing.errors import BadInvoice
 from billing.ledger import Transfer
-from billing.lightning import BackendError, InvoiceState, LightningBackend, Settlement
+from billing.lightning import LightningBackend
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 Transaction = Callable[[], AbstractAsyncContextManager[Any]]
-
-# Parts of a payment that came in time may be held for a minute before the set is complete.
-EXPIRED_FOR = timedelta(minutes=2)
-LATE_CHECKS = (timedelta(minutes=10), timedelta(hours=1), timedelta(hours=24), timedelta(days=7))
 
 
 def utc_now() -> datetime:
@@ -213,193 +208,3 @@ async def record_settlement(
         received_msat,
         state,
     )
-
-
-def next_check(
-    now: datetime, created_at: datetime, expires_at: datetime, *, pushed: bool
-) -> datetime | None:
-    """When to ask the node about an unpaid invoice again; None: never.
-
-    `pushed` says that the node reports settlements by itself, so that asking is a safety net.
-    """
-    if now < expires_at + LATE_CHECKS[0]:
-        age = now - created_at
-        if pushed:
-            return now + timedelta(seconds=30)
-        return now + timedelta(seconds=1 if age < timedelta(minutes=2) else 5)
-    return next((expires_at + late for late in LATE_CHECKS if expires_at + late > now), None)
-
-
-OnCredit = Callable[[Any, Credit], Awaitable[Callable[[], None] | None]]
-
-
-class InvoiceWatcher:
-    """Follows the node's settlements, by stream and by poll, and credits them.
-
-    `on_credit(connection, credit)` runs in the transaction of the credit, so that what a payment
-    starts is started with it or not at all; what it returns is called after the commit.
-    """
-
-    def __init__(
-        self,
-        transaction: Transaction,
-        backend: LightningBackend,
-        on_credit: OnCredit,
-        *,
-        clock: Clock = utc_now,
-    ) -> None:
-        self._transaction = transaction
-        self._backend = backend
-        self._on_credit = on_credit
-        self._clock = clock
-        self._tasks: list[asyncio.Task] = []
-        self.stream_alive = False
-        # What the node was paid before it was used with these books is not booked: some nodes
-        # replay all that they have ever been paid.
-        self.joined_at: datetime | None = None
-
-    @property
-    def _cancels(self) -> bool:
-        return self._backend.capabilities.cancel_invoice
-
-    @property
-    def pushed(self) -> bool:
-        return self._backend.capabilities.push != "none"
-
-    def first_check_at(self) -> datetime:
-        return self._clock() + timedelta(seconds=10 if self.pushed else 1)
-
-    def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._poll_for_ever(), name="invoice-poll")]
-        if self.pushed:
-            self._tasks.append(asyncio.create_task(self._stream_for_ever(), name="invoice-stream"))
-
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def record(self, settlement: Settlement) -> bool:
-        """Record what the node says it was paid, if it is not; whether that was news."""
-        return await self._settle(
-            settlement.payment_hash,
-            settlement.amount_received_msat,
-            settlement.settled_at,
-            cursor=None,
-        )
-
-    async def check(self, payment_hash: str) -> None:
-        """Ask the node about one invoice now, and credit it if it is settled."""
-        status = await self._backend.lookup_invoice(payment_hash)
-        if status.state is InvoiceState.SETTLED:
-            await self._settle(
-                payment_hash,
-                status.amount_received_msat,
-                status.settled_at or self._clock(),
-                cursor=None,
-            )
-
-    async def poll_due(self, limit: int = 100) -> int:
-        """Ask about the invoices whose time has come; returns how many were asked about."""
-        async with self._transaction() as connection:
-            due = await connection.fetch(
-                "select payment_hash, created_at, expires_at from invoices"
-                " where next_check_at <= $1 order by next_check_at limit $2",
-                self._clock(),
-                limit,
-            )
-        for row in due:
-            dead = False
-            try:
-                await self.check(row["payment_hash"])
-                dead = await self._sweep(row["payment_hash"], row["expires_at"])
-            except BackendError as error:
-                log.warning("invoice not checked payment_hash=%s: %s", row["payment_hash"], error)
-            now = self._clock()
-            again_at = next_check(now, row["created_at"], row["expires_at"], pushed=self.pushed)
-            async with self._transaction() as connection:
-                await connection.execute(
-                    "update invoices set next_check_at = $2,"
-                    " state = case when $3 < $4::timestamptz then 'expired' else state end"
-                    " where payment_hash = $1 and state in ('open', 'expired')",
-                    row["payment_hash"],
-                    None if dead else again_at,
-                    row["expires_at"] + timedelta(minutes=1),
-                    now,
-                )
-        return len(due)
-
-    async def _sweep(self, payment_hash: str, expires_at: datetime) -> bool:
-        """Let the node give up an invoice that has expired; True: it can never settle any more, so
-        nobody need ask again. Without this, those who ask for invoices and pay none would fill the
-        node's list for ever."""
-        if self._clock() < expires_at + EXPIRED_FOR or not self._cancels:
-            return False
-        return await self._backend.cancel_invoice(payment_hash)
-
-    async def _settle(
-        self, payment_hash: str, received_msat: int, settled_at: datetime, cursor: str | None
-    ) -> bool:
-        """Whether anything was booked by it."""
-        after = None
-        async with self._transaction() as connection:
-            credit = await record_settlement(
-                connection,
-                payment_hash=payment_hash,
-                received_msat=received_msat,
-                settled_at=settled_at,
-                joined_at=self.joined_at,
-            )
-            if isinstance(credit, Credit):
-                after = await self._on_credit(connection, credit)
-            if cursor is not None:
-                await connection.execute(
-                    "insert into node_cursors (backend, cursor) values ($1, $2)"
-                    " on conflict (backend) do update set cursor = excluded.cursor",
-                    self._backend.name,
-                    cursor,
-                )
-        if isinstance(credit, Credit):
-            log.info(
-                "invoice settled payment_hash=%s state=%s received_msat=%d purpose=%s",
-                payment_hash,
-                credit.state.value,
-                received_msat,
-                credit.purpose.value,
-            )
-        if after is not None:
-            after()
-        return credit is not None
-
-    async def _stream_for_ever(self) -> None:
-        pause_s = 0.1
-        while True:
-            try:
-                async with self._transaction() as connection:
-                    cursor = await connection.fetchval(
-                        "select cursor from node_cursors where backend = $1", self._backend.name
-                    )
-                self.stream_alive = True
-                async for settlement in self._backend.settlements(cursor):
-                    pause_s = 0.1
-                    await self._settle(
-                        settlement.payment_hash,
-                        settlement.amount_received_msat,
-                        settlement.settled_at,
-                        settlement.cursor,
-                    )
-            except Exception as error:
-                # Whatever it was, money may still be coming in: go on from the stored cursor.
-                log.warning("settlement stream broke, resuming: %r", error)
-            self.stream_alive = False
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, 10)
-
-    async def _poll_for_ever(self) -> None:
-        while True:
-            busy = 0
-            try:
-                busy = await self.poll_due()
-            except Exception as error:
-                log.warning("invoice poll failed, going on: %r", error)
-            await asyncio.sleep(0.05 if busy else 1)

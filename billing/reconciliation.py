@@ -24,7 +24,8 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from billing import foreign_payments, ledger, payout_memory
-from billing.invoices import Clock, InvoiceWatcher, Transaction, utc_now
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Clock, Transaction, utc_now
 from billing.lightning import (
     BackendRejected,
     LightningBackend,

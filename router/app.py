@@ -19,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from billing.invoices import Credit, InvoiceWatcher, Purpose, utc_now
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit, Purpose, utc_now
 from billing.l402 import MasterSecrets
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning.connect import connect

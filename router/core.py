@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from billing.invoices import InvoiceWatcher
+from billing.invoice_watcher import InvoiceWatcher
 from billing.l402 import MasterSecrets
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning_address import LightningAddresses

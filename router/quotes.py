@@ -23,7 +23,8 @@ from pydantic_core import PydanticSerializationError
 from billing import accounts, fee_schedule, fees, invoices
 from billing.fee_schedule import FeeSchedule
 from billing.fees import ONE_MILLI, Rates
-from billing.invoices import Credit, InvoiceWatcher, IssuedInvoice, Purpose
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
 from router import choices, demands, job_store, job_submits

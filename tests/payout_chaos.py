@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
-from billing import ledger, payees, payout_control
+from billing import foreign_payments, ledger, payees, payout_control
 from billing.errors import BillingError
+from billing.lightning import BackendError
 from billing.lightning.simulated.faults import Fault, FaultKind
 from billing.lightning.simulated.wallets import ROUTER
 from billing.payout_states import PayoutState
+from tests.payout_payees import CrashNow
 from tests.payout_world import SETTINGS, Process, World
 
 OWED_MSAT = 2_000_000
@@ -48,7 +51,9 @@ class Chaos:
         self.orders: list[tuple[str, str]] = []
 
     async def begin(self) -> None:
-        """One payment that succeeded: without any, a lost history could not be noticed."""
+        """One payment that succeeded: without any, a lost history could not be noticed. Before it the
+        comparison of a first start: what the node does from now on is these books' business."""
+        await self.processes[0].reconciler().run_once()
         await self.world.worker("w0", OWED_MSAT)
         await self.processes[0].turn()
         assert (await self.world.payout_of("w0")).state is PayoutState.PAID
@@ -71,6 +76,9 @@ class Chaos:
             (2, self.change_address),
             (2, self.break_server),
             (2, self.pause),
+            (4, self.compare),
+            (2, self.spend_elsewhere),
+            (2, self.confirm),
         ]
         (act,) = self.random.choices([a for _, a in acts], [weight for weight, _ in acts])
         await act()
@@ -155,6 +163,33 @@ class Chaos:
             else:
                 await payout_control.pause(connection, "test", now=self.world.now)
 
+    async def compare(self) -> None:
+        """Node and books, in the midst of it all; sometimes its process dies in it."""
+        process = self.living()
+        if self.random.random() < 0.5:
+            process.fuse.sparks_left = process.fuse.sparks + self.random.randrange(12)
+        with suppress(BackendError, CrashNow):
+            await process.reconciler().run_once()
+        process.fuse.sparks_left = None
+
+    async def spend_elsewhere(self) -> None:
+        """The operator pays from the same node, by his own hand: nothing is paid out from then on."""
+        await self.world.network.clear_faults()
+        bolt11 = await self.world.invoice("baker", self.random.randrange(10_000, 90_000))
+        await self.world.network.pay_invoice(ROUTER, bolt11, max_fee_msat=10**9, timeout_s=0.01)
+        await self.world.process().reconciler().run_once()
+
+    async def confirm(self) -> None:
+        truth = await self.world.truth()
+        async with self.world.database.transaction() as connection:
+            for payment in await foreign_payments.listed(connection):
+                if payment.confirmed_at is None:
+                    # None of ours was ever taken for one of his.
+                    assert truth[payment.payment_hash].payee == "baker"
+                    await foreign_payments.confirm(
+                        connection, payment.payment_hash, ledger.OPERATOR, now=self.world.now
+                    )
+
     async def end(self) -> None:
         """All that was wrong is put right; then everything must come to its end."""
         world = self.world
@@ -164,6 +199,7 @@ class Chaos:
         await end_what_hangs(world, settle=self.random.random() < 0.5)
         async with world.database.transaction() as connection:
             await payout_control.resume(connection)
+        await self.confirm()
         await world.pass_time(2 * 3600)
         process = world.process(replace(SETTINGS, interval_s=1, minimum_msat=1_000))
         for _ in range(60):

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from billing import ledger, payees, payout_control
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit
 from billing.ledger import LIGHTNING, Transfer
 from billing.lightning import Capabilities, NodeInfo
 from billing.lightning.simulated.backend import SimulatedBackend
@@ -36,6 +38,7 @@ from billing.payout_records import PayoutRecord, list_payouts
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import AttemptState, PayoutState
 from billing.payouts import PayoutRunner
+from billing.reconciliation import Reconciler
 from billing.trial_balance import trial_balance
 from billing.withdrawals import Withdrawals
 from router.database import Database
@@ -100,6 +103,16 @@ class _Backend:
     async def lookup_payment(self, payment_hash: str) -> Any:
         return await self._call("lookup_payment", lambda: self._inner.lookup_payment(payment_hash))
 
+    async def received_since(self, since: datetime) -> AsyncIterator[Any]:
+        self._fuse.spark()
+        async for settlement in self._inner.received_since(since):
+            yield settlement
+
+    async def sent_since(self, since: datetime) -> AsyncIterator[Any]:
+        self._fuse.spark()
+        async for payment in self._inner.sent_since(since):
+            yield payment
+
 
 class Process:
     """One process with a runner. `sparks_left`: how many places it lives through."""
@@ -130,6 +143,14 @@ class Process:
             clock=world.tick,
             on_planned=self.runner.wake,
         )
+
+    def reconciler(self) -> Reconciler:
+        async def nothing(connection: Any, credit: Credit) -> None:
+            return None
+
+        backend = cast(Any, self.backend)
+        watcher = InvoiceWatcher(self.transaction, backend, nothing, clock=self.world.tick)
+        return Reconciler(self.transaction, backend, watcher, clock=self.world.tick)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Any]:

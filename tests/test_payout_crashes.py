@@ -320,7 +320,8 @@ async def test_whatever_happens_in_whatever_order_nobody_is_paid_twice_and_nothi
     world: World, seed: int
 ):
     """[1, 2, 3, 4, 6, 7, 8] Two processes, kills, faults, held HTLCs, clock jumps, a node that
-    loses its history, addresses that change and break, withdrawals, pauses."""
+    loses its history, addresses that change and break, withdrawals, pauses, comparisons of node and
+    books, and an operator who pays from the node by hand."""
     chaos = Chaos(world, seed)
     await chaos.begin()
     for _ in range(45):

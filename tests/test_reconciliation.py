@@ -19,7 +19,8 @@ from billing import (
     payout_transfers,
 )
 from billing.foreign_payments import NoSuchForeignPayment
-from billing.invoices import Credit, InvoiceWatcher
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit
 from billing.lightning import BackendRejected, BackendUnavailable, Settlement
 from billing.lightning.simulated.backend import SimulatedBackend
 from billing.lightning.simulated.faults import Fault, FaultKind

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from billing import invoices, ledger
-from billing.invoices import Credit, InvoiceWatcher, Purpose, State
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit, Purpose, State
 from billing.ledger import Transfer
 from billing.lightning import BackendError, InvoiceState, Settlement
 from billing.lightning.simulated.backend import SimulatedBackend
