@@ -50,6 +50,8 @@ def parse(words: list[str]) -> None:
         words = admin.shared_first(words)
     while hasattr(command, "resolve_command"):
         context = command.make_context("satherd", list(words))
+        if not [*context._protected_args, *context.args]:
+            return  # a group that is a command of its own, as `admin ledger`
         _, command, words = command.resolve_command(  # pyright: ignore[reportAttributeAccessIssue]
             context, [*context._protected_args, *context.args]
         )
