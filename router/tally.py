@@ -6,12 +6,35 @@ in the ledger.
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import orjson
 
 from router.job_records import Ended, Ending
+
+
+class LastMinute:
+    """How much there was of something in the last minute, second by second."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[int, int]] = deque()
+
+    def add(self, amount: int) -> None:
+        second = int(time.monotonic())
+        if self._seconds and self._seconds[-1][0] == second:
+            amount += self._seconds.pop()[1]
+        self._seconds.append((second, amount))
+        self._forget(second)
+
+    def total(self) -> int:
+        self._forget(int(time.monotonic()))
+        return sum(amount for _, amount in self._seconds)
+
+    def _forget(self, second: int) -> None:
+        while self._seconds and self._seconds[0][0] <= second - 60:
+            self._seconds.popleft()
 
 
 @dataclass(slots=True)
@@ -23,6 +46,7 @@ class Tally:
     output_tokens: int = 0
     charged_msat: int = 0
     refunded_msat: int = 0
+    recent: LastMinute = field(default_factory=LastMinute)
 
     def count(self, ending: Ending, ended: Ended) -> None:
         """A job has ended: this is called once for each, after the commit."""
@@ -33,3 +57,4 @@ class Tally:
             ours = orjson.loads(ending.usage)["satherd"]
             self.prompt_tokens += ours["prompt_tokens"]
             self.output_tokens += ours["completion_tokens"]
+            self.recent.add(ours["completion_tokens"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from typing import Any
@@ -15,7 +16,7 @@ from tests.poll_tools import (
     known_model,
     until_done,
 )
-from tests.router_rig import MODEL, Rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig
 
 ASYNC = "/api/v2/generate/text/async"
 STATUS = "/api/v2/generate/text/status/"
@@ -237,7 +238,7 @@ async def test_models_are_listed_by_type(router: Rig):
 async def test_performance_heartbeat_and_modes(router: Rig):
     """AH-12, AH-16, AH-17, KL-2."""
     async with router.worker(slots=3) as worker:
-        await busy_worker(router, worker)
+        job = await busy_worker(router, worker)
         shown = (await router.http.get("/api/v2/status/performance")).json()
         assert set(shown) == {
             "queued_requests",
@@ -255,7 +256,15 @@ async def test_performance_heartbeat_and_modes(router: Rig):
             "past_minute_tokens",
         }
         assert (shown["text_worker_count"], shown["text_thread_count"]) == (1, 3)
+        assert shown["past_minute_tokens"] == 0
         assert (shown["queued_text_requests"], shown["queued_tokens"]) == (1, 64)
+        await worker.say(job, "some words", tokens=2)
+        await worker.finish(job, tokens=2)
+        # It is counted after the commit that readers see.
+        async with asyncio.timeout(PATIENCE_S):
+            while shown["past_minute_tokens"] != 2:
+                await asyncio.sleep(0.02)
+                shown = (await router.http.get("/api/v2/status/performance")).json()
     beat = (await router.http.get("/api/v2/status/heartbeat")).json()
     assert set(beat) == {"message", "version", "queue", "threads", "active_count", "db_connection"}
     assert beat["message"] == "OK"

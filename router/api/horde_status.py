@@ -27,7 +27,7 @@ from worker.protocol import ModelKind
 
 router = APIRouter(prefix="/api/v2", tags=["AI Horde"])
 
-FRESH_S = 2.0
+FRESH_S, REUSE_FACTOR = 2.0, 20
 
 _WAITING = """
 select model, count(*) as jobs, sum(max_tokens)::bigint as tokens from jobs
@@ -35,24 +35,24 @@ where state = 'queued' and kind in ('chat', 'completion') group by 1"""
 _RUNNING = """
 select count(*) as jobs, coalesce(sum(max_tokens), 0)::bigint as tokens from jobs
 where state = 'running' and kind in ('chat', 'completion')"""
-_LAST_MINUTE = """
-select coalesce(sum(a.tokens), 0)::bigint from attempts a join jobs j on j.id = a.job_id
-where j.created_at > now() - interval '1 hour' and a.ended_at > now() - interval '1 minute'"""
 
 
 class Remembered:
-    """Facts that cost some queries and are asked for by everybody: read anew after two seconds."""
+    """Facts that cost some queries and are asked for by everybody: read anew after two seconds, or
+    after twenty times as long as it took."""
 
     def __init__(self, read: Callable[[Core], Awaitable[dict[str, Any]]]) -> None:
         self._read = read
         self._facts: dict[str, Any] = {}
-        self._read_at = float("-inf")
+        self._good_until = float("-inf")
         self._of: Core | None = None
 
     async def get(self, core: Core) -> dict[str, Any]:
-        if self._of is not core or time.monotonic() - self._read_at > FRESH_S:
+        began = time.monotonic()
+        if self._of is not core or began > self._good_until:
             self._facts = await self._read(core)
-            self._of, self._read_at = core, time.monotonic()
+            now = time.monotonic()
+            self._of, self._good_until = core, now + max(FRESH_S, REUSE_FACTOR * (now - began))
         return self._facts
 
 
@@ -60,12 +60,10 @@ async def _read_queue(core: Core) -> dict[str, Any]:
     async with core.database.connection() as connection:
         waiting = await connection.fetch(_WAITING)
         running = await connection.fetchrow(_RUNNING)
-        minute = await connection.fetchval(_LAST_MINUTE)
     return {
         "models": {row["model"]: (row["jobs"], row["tokens"]) for row in waiting},
         "jobs": sum(row["jobs"] for row in waiting) + running["jobs"],
         "tokens": sum(row["tokens"] for row in waiting) + running["tokens"],
-        "past_minute": minute,
     }
 
 
@@ -143,7 +141,7 @@ async def performance(request: Request) -> Response:
                 "interrogator_count": 0,
                 "interrogator_thread_count": 0,
                 "queued_tokens": queue["tokens"],
-                "past_minute_tokens": queue["past_minute"],
+                "past_minute_tokens": core.attempts.tally.recent.total(),
             }
         )
     except Exception as error:
