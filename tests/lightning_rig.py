@@ -25,7 +25,8 @@ from billing.lightning.simulated.network import Network
 from billing.lightning.simulated.serving import NetworkServer
 
 ENOUGH_FEE_MSAT = 1_000_000
-SOON_S = 5.0
+# Patience only: it is waited out by nothing that goes well.
+SOON_S = 20.0
 
 
 class Rig(Protocol):
