@@ -186,6 +186,7 @@ async def test_fifty_payouts_leave_once_each(rig: RealRig) -> None:
             # Each has one before any of them is free again.
             jobs = await asyncio.gather(*(worker.job() for worker in workers))
             for worker, job in zip(workers, jobs, strict=True):
+                await worker.say(job, "Here.")
                 await worker.finish(job, tokens=1)
             assert {(await one).status_code for one in asking} == {200}
             await rig.paid_out(10 * done)
