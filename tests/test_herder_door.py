@@ -10,7 +10,7 @@ import pytest
 
 from billing.fees import Rates
 from tests.door_tools import balance_msat, busy_worker, set_rates, token, until_state
-from tests.router_rig import MODEL, Rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig
 
 RATES = Rates(prompt_fee_msat=1000, input_msat_per_mtok=0, output_msat_per_mtok=1_000_000)
 PROMPT = "What is the meaning of life?"
@@ -169,6 +169,27 @@ async def test_the_quantity_is_the_place_in_the_queue(router: Rig):
         assert (await worker.serve())["job"]["prompt"] == "Dear"
         assert (await worker.serve())["job"]["prompt"] == PROMPT
         await until_state(router, cheap["Job"], "succeeded")
+
+
+async def test_who_waits_and_goes_away_takes_his_prompt_along(router: Rig):
+    """A client that asked to be told later does not: he has the job's token."""
+    key = await router.bearer()
+    async with router.worker() as worker:
+        busy = await busy_worker(router, worker)
+        later = (await send(router, key | {"Prefer": "respond-async"})).json()
+        waiting = asyncio.create_task(send(router, key, X_Prompt="Never mind"))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(await router.query("select 1 from jobs where state = 'queued'")) < 2:
+                await asyncio.sleep(0.02)
+        waiting.cancel()
+        gone = "select id from jobs where state = 'cancelled'"
+        async with asyncio.timeout(PATIENCE_S):
+            while not (rows := await router.query(gone)):
+                await asyncio.sleep(0.02)
+        assert rows[0]["id"] != later["Job"]
+        await worker.finish(busy)
+        assert (await worker.serve())["job"]["prompt"] == PROMPT
+        await until_state(router, later["Job"], "succeeded")
 
 
 async def test_a_job_that_no_worker_can_do_gives_the_money_back(router: Rig):

@@ -19,7 +19,7 @@ from router.api.answers import answer, core_of, noted, read_object
 from router.api.decentralgpt_shapes import SUCCESS, envelope, node_status
 from router.api.errors import Problem
 from router.api.openai import AnswerFailed, bought_answer
-from router.api.purchase import PaymentRequired, payment_body
+from router.api.purchase import PaymentRequired, Style, payment_body
 from router.api.waiting import ClientGone
 from router.core import Core
 from router.errors import BadRequest, Forbidden, Unauthorized
@@ -246,7 +246,7 @@ async def _chat(request: Request, *needed: str) -> Response:
     for name in needed:
         if not isinstance(body.get(name), str) or not body[name]:
             raise BadRequest(f"{name} must not be empty", param=name)
-    return await bought_answer(core, request, Kind.CHAT, body, _in_data)
+    return await bought_answer(core, request, Kind.CHAT, body, _in_data, Style(attached=True))
 
 
 def _in_data(_kind: Kind, body: dict[str, Any]) -> dict[str, Any]:

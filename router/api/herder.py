@@ -26,7 +26,7 @@ from router.api.answers import answer, core_of, noted, read_object
 from router.api.errors import Problem
 from router.api.info import dearest_rates, herder_block, satoshi_text
 from router.api.openai_shapes import answer_headers, answered, job_problem
-from router.api.purchase import PaymentRequired, payment_body
+from router.api.purchase import PaymentRequired, Style, payment_body
 from router.api.waiting import ClientGone, outcomes
 from router.core import Core
 from router.errors import BadRequest, FeeTooHigh
@@ -177,13 +177,14 @@ async def _transfer(core: Core, request: Request, transfer: Transfer) -> Respons
             # A herder queues whatever was paid, also while nobody is there to answer (LH-13).
             waits = replace(wanted.terms, max_wait_s=core.settings.default_max_wait_s)
             wanted = replace(wanted, terms=waits)
-        bought = await purchase.buy(core, request, wanted)
+        at_once = "respond-async" in request.headers.get("prefer", "").lower()
+        bought = await purchase.buy(core, request, wanted, Style(attached=not at_once))
     except (BadRequest, FeeTooHigh) as error:
         needed_msat = error.facts.get("base_fee_msat")
         if needed_msat is None:
             raise
         return _insufficient(transfer, needed_msat)
-    if "respond-async" in request.headers.get("prefer", "").lower():
+    if at_once:
         return await _queued(core, transfer, bought.job_ids[0])
     (ended,) = await outcomes(core, request, bought)
     job_id = bought.job_ids[0]

@@ -15,7 +15,7 @@ from router.api.decentralgpt_shapes import SUCCESS
 from router.api.errors import Problem
 from router.api.forms import is_form, read_form
 from router.api.openai_stream import AnswerStream
-from router.api.purchase import PaymentRequired, Purchase, payment_body
+from router.api.purchase import AT_ONCE, PaymentRequired, Purchase, Style, payment_body
 from router.api.sse import EventStream
 from router.api.waiting import ClientGone, abandon, outcomes
 from router.core import Core
@@ -160,6 +160,7 @@ async def bought_answer(
     kind: Kind,
     body: Any,
     shape: Callable[[Kind, dict[str, Any]], dict[str, Any]],
+    style: Style = AT_ONCE,
 ) -> Response:
     """Buy what a body asks for, and answer with it: as a stream, or whole as `shape` makes it.
 
@@ -168,7 +169,7 @@ async def bought_answer(
     wanted = requests.with_echo_at_the_door(purchase.parse(core, request, kind, body))
     if kind is Kind.EMBEDDING and len(wanted.items) > 1:
         raise BadRequest("the vectors of one answer come from one model", param="models")
-    bought = await purchase.buy(core, request, wanted)
+    bought = await purchase.buy(core, request, wanted, style)
     if wanted.stream and kind in TEXT_KINDS:
         return await _streamed(core, wanted, bought)
     ended = await outcomes(core, request, bought)
