@@ -6,10 +6,9 @@
     odd_bytes     over many answers, far more or fewer bytes per token than others with this model
     short         over many answers, far fewer tokens than others with this model
 
-The first is a fault, if another worker has more to say. The second counts half. The others prove
-nothing, since machines and prompts differ: they are noted, shown to the worker and the operator, and
-direct the checks (`router.checks`) to where they are needed. A short answer that ends with `stop` is
-nothing at all.
+The first is a fault, if another worker has more to say (`router.attempts`). The second counts half. The
+others prove nothing, since machines and prompts differ: they are noted, and the worker sees them. A
+short answer that ends with `stop` is nothing at all.
 """
 
 from __future__ import annotations
