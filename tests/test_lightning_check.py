@@ -12,6 +12,7 @@ from cli import main
 from cli.lightning import examine
 from tests.stand_ins import cln, lnd, phoenixd
 from tests.stand_ins.rig import StandInRig
+from tests.stand_ins.wallet_rig import NwcRig, WalletRig
 
 TOKEN = "0123456789abcdef"
 
@@ -140,3 +141,33 @@ async def test_a_missing_setting_is_named(
 def test_the_command_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["lightning"]) == 2
     assert "satherd lightning check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["nwc", "lnbits", "electrum"])
+async def test_a_wallet_that_promises_little_says_what_it_cannot(tmp_path: Path, kind: str) -> None:
+    rig = NwcRig(tmp_path) if kind == "nwc" else WalletRig(tmp_path, kind)
+    await rig.start()
+    try:
+        report = await examine(rig.backend)
+    finally:
+        await rig.stop()
+    facts = dict(report.facts)
+    assert report.blocking == []
+    assert facts["network"] == "regtest" and facts["back end"] == kind
+    assert facts["history"].startswith("can be listed")
+    assert "sets its own routing fee; cannot cancel invoices; whole satoshis only" in facts["can"]
+    assert ("the node does not tell" in facts["receivable"]) is (kind != "electrum")
+
+
+async def test_a_wallet_without_lists_is_usable_and_the_operator_is_told(tmp_path: Path) -> None:
+    """Nobody would notice that a restored database has forgotten payments."""
+    methods = "pay_invoice get_balance get_info make_invoice lookup_invoice"
+    rig = NwcRig(tmp_path, methods=methods)
+    await rig.start()
+    try:
+        report = await examine(rig.backend)
+    finally:
+        await rig.stop()
+    assert report.blocking == []
+    assert dict(report.facts)["history"] == "cannot be listed"
+    assert any("restored database" in words for words in report.missing)
