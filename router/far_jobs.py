@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from router.database import Database, DatabaseUnavailable
+from router.database import TRANSIENT, Database, DatabaseUnavailable
 from router.job_states import FINAL, State
 from router.job_stream import JobStream, Piece, StreamHub, pieces_after
 from router.job_views import Outcome, answer_calls, answer_text, outcome_of
@@ -85,6 +85,8 @@ class FarJobs:
             except DatabaseUnavailable:
                 log.warning("jobs of other routers are not looked up while the database is away")
                 await asyncio.sleep(TURN_S)
+            except TRANSIENT:
+                self._looked_at = 0.0
             except Exception:
                 log.exception("jobs of other routers were not looked up, going on")
                 await asyncio.sleep(TURN_S)

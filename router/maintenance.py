@@ -24,7 +24,7 @@ from router import charging, demands, door_ids, job_queue, job_store, kept_chunk
 from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
-from router.database import Database, DatabaseUnavailable
+from router.database import TRANSIENT, Database, DatabaseUnavailable
 from router.job_records import Claimed, Ending
 from router.job_states import Event, State
 from router.job_stream import StreamHub
@@ -117,6 +117,11 @@ class Maintenance:
                     await step()
                 except DatabaseUnavailable:
                     log.warning("maintenance waits for the database")
+                except TRANSIENT as error:
+                    # Of two transactions that want the same rows one is ended; the next turn does it.
+                    log.info(
+                        "maintenance gave way to another transaction: %s", type(error).__name__
+                    )
                 except Exception:
                     log.exception("maintenance step failed, going on")
             await asyncio.sleep(period_s)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.database import Database, DatabaseUnavailable
+from router.database import TRANSIENT, Database, DatabaseUnavailable
 from router.market import Market
 from router.models import Models
 from router.relay import Relay
@@ -146,6 +146,8 @@ class Presence:
             except DatabaseUnavailable:
                 log.warning("other routers are not looked at while the database is away")
                 self._think_all_alive()
+            except TRANSIENT:
+                continue
             except Exception:
                 log.exception("other routers were not looked at, going on")
             await asyncio.sleep(WRITE_S)

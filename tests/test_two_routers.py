@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from router import jobs
 from router.bus import Exchange
 from tests.nats_tools import CutProxy, NatsServer, nats_if_any
 from tests.reading import CHAT, PATIENCE_S, Reader, until
@@ -372,6 +373,36 @@ async def test_prices_waits_and_what_is_served_go_by_the_workers_of_all_routers(
         return reply.status_code == 503 and reply.json()["error"]["code"] == "no_worker"
 
     await until(gone)
+
+
+async def test_a_cancel_at_a_router_that_is_not_answered_is_accepted_and_kept(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """The job runs at a dead router: whoever takes it back cancels it, for nothing."""
+    monkeypatch.setattr(jobs, "CANCEL_S", 0.2)
+    key = await router.bearer()
+    async with router.worker():
+        router.core.dispatcher.paused = True
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        link = made.json()["jobs"][0]
+        await router.query(
+            "with gone as (delete from queue where job_id = $1)"
+            " update jobs set state = 'running', attempt = 1, router_id = 'dead', worker_id = 'x',"
+            " started_at = now(), commission_ppm = 0, lease_ends_at = now() + interval '1 hour'"
+            " where id = $1",
+            link["id"],
+        )
+        token = {"Authorization": f"Bearer {link['token']}"}
+        asked = await router.http.delete(link["status_url"], headers=token)
+        assert (asked.status_code, asked.json()["state"]) == (202, "running")
+        await router.query("update jobs set lease_ends_at = now()")
+
+        async def cancelled() -> bool:
+            view = (await router.http.get(link["status_url"], headers=token)).json()
+            return view["state"] == "cancelled" and view["charged_msat"] == 0
+
+        await until(cancelled)
+    assert (await router.books()).in_order
 
 
 async def test_what_an_admin_orders_at_one_router_reaches_the_workers_of_the_other(pair):

@@ -23,6 +23,7 @@ from router.door_ids import Door
 from router.errors import BadRequest, NoSuchJob
 from router.gridrepublic_jobs import read_job, show_job
 from router.job_states import State
+from router.kept_chunks import joined
 from worker.protocol import Kind
 
 router = APIRouter(tags=["GridRepublic"])
@@ -132,9 +133,9 @@ async def _said_so_far(core: Core, row: Any) -> str:
         stream.shown = True
         return stream.text()
     async with core.database.connection() as connection:
-        said = await connection.fetchval(
-            "select string_agg(text, '' order by start) from job_chunks where job_id = $1 and n = $2",
+        said = await connection.fetch(
+            "select start, text from job_chunks where job_id = $1 and n = $2 order by start",
             row["id"],
             row["attempt"],
         )
-    return said or ""
+    return joined(said)

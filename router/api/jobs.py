@@ -298,12 +298,14 @@ async def _bump_invoice(
 
 @router.delete("/jobs/{job_id}")
 async def cancel(request: Request, job_id: str) -> Response:
-    """Cancel a job: free while it waits, settled as it stands while it runs."""
+    """Cancel a job: free while it waits, settled as it stands while it runs. 202: it runs at a router
+    that has not answered, and will be cancelled there."""
     core = core_of(request)
     try:
         row = await open_job(core, request, job_id)
-        await core.jobs.cancel(row["id"])
-        return answer(await core.jobs.view(await core.jobs.row(row["id"])))
+        ended = await core.jobs.cancel(row["id"])
+        view = await core.jobs.view(await core.jobs.row(row["id"]))
+        return answer(view, status=200 if ended else 202)
     except Exception as error:
         return _refused(error, request)
 
