@@ -23,7 +23,7 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 _METHODS = b"GET, POST, PUT, DELETE, OPTIONS, PATCH"
 _EXPOSED = (
     b"WWW-Authenticate, Payment-Receipt, Retry-After, X-Satherd-Job, X-Satherd-Fee-Msat,"
-    b" X-Satherd-Refund-Msat, X-Satherd-Worker, X-Reason, X-Needed"
+    b" X-Satherd-Refund-Msat, X-Satherd-Worker, X-Satherd-Position, X-Reason, X-Needed"
 )
 _ALLOWED = (
     b"Authorization, Content-Type, Accept, Accept-Authenticate, Idempotency-Key, Last-Event-ID,"
