@@ -66,7 +66,7 @@ class Endpoints:
         path = url.target.rstrip("/")
         if "?" in path or ".." in path or not (path in ("", "/v1") or path.startswith("/v1/")):
             raise RefusedWorker("bad_url", "api: only paths that begin with /v1 are called")
-        local = _is_loopback(url.host)
+        local = is_loopback(url.host)
         if not local and not self._outside:
             raise RefusedWorker("not_loopback", "api: the server must be on the router's machine")
         # Somebody may reach our ports by a name of ours as well, so they are refused everywhere.
@@ -75,7 +75,7 @@ class Endpoints:
         return OutsideUrl(url.scheme, url.host, url.port, "/v1")
 
     async def _address(self, url: OutsideUrl) -> str:
-        if _is_loopback(url.host):
+        if is_loopback(url.host):
             return "127.0.0.1" if url.host == "localhost" else url.host
         loop = asyncio.get_running_loop()
         try:
@@ -126,7 +126,8 @@ class Endpoints:
                 await response.aclose()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL is this machine by its own words."""
     if host == "localhost":
         return True
     try:
@@ -149,6 +150,6 @@ def _own_ports(settings: Settings) -> frozenset[int]:
         except ValueError:
             continue
         # The public URL is a proxy's in front of us; its port is that of half the Internet.
-        if port is not None and (name != "public_url" or _is_loopback(parts.hostname or "")):
+        if port is not None and (name != "public_url" or is_loopback(parts.hostname or "")):
             ports.add(port)
     return frozenset(ports)

@@ -177,7 +177,17 @@ async def test_through_a_proxy_a_worker_key_is_needed(tmp_path: Path, database_u
         refused = await register(router, project(model), THROUGH_A_PROXY)
         assert (refused.status_code, refused.json()["code"]) == (403, 1010)
         assert router.core.fleet.all() == []
-        await registered(router, project(model), THROUGH_A_PROXY | KEY)
+        # And with one, only servers elsewhere: what listens here is not theirs to sell.
+        one = {"project": "DecentralGPT", "model": MODEL, "api": f"{model.url}/v1"}
+        for reply in (
+            await register(router, project(model), THROUGH_A_PROXY | KEY),
+            await router.http.post(
+                f"{ONE_MODEL}/register", json=one, headers=THROUGH_A_PROXY | KEY
+            ),
+        ):
+            assert (reply.status_code, reply.json()["code"]) == (403, 1010)
+        assert router.core.fleet.all() == []
+        await registered(router, project(model), KEY)
         assert len(router.core.fleet.all()) == 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -23,6 +24,7 @@ from router.api.purchase import PaymentRequired, Style, payment_body
 from router.api.waiting import ClientGone
 from router.core import Core
 from router.errors import BadRequest, Forbidden, Unauthorized
+from router.http_endpoints import is_loopback
 from router.project_requests import (
     MAX_NAME,
     Project,
@@ -91,7 +93,8 @@ async def register_project(request: Request) -> Response:
     """Let the models of a project serve, or change it to this: `{"project", "models": [{"model",
     "api", "type", "cid"}]}` (DG-6)."""
     core, owner, body = await _owned(request)
-    await core.projects.register(read_project(body), owner, own_ports=_own_ports(request))
+    project = _allowed(request, read_project(body))
+    await core.projects.register(project, owner, own_ports=_own_ports(request))
     return answer(OK)
 
 
@@ -107,7 +110,7 @@ async def unregister_project(request: Request) -> Response:
 async def register_model(request: Request) -> Response:
     """Add one model to a project, or change it there (DG-13)."""
     core, owner, body = await _owned(request)
-    one = Project(read_name(body), (read_model(body),))
+    one = _allowed(request, Project(read_name(body), (read_model(body),)))
     await core.projects.add_model(one, owner, own_ports=_own_ports(request))
     return answer(OK)
 
@@ -139,7 +142,7 @@ def owner_of(request: Request) -> bytes | None:
     """
     given = request.headers.get("authorization")
     if given is None:
-        if not comes_directly(request.client.host if request.client else "", request.headers):
+        if not _is_direct(request):
             raise Forbidden("only programs on this machine may register without a worker key")
         return None
     scheme, _, key = given.partition(" ")
@@ -147,6 +150,23 @@ def owner_of(request: Request) -> bytes | None:
     if scheme.lower() != "bearer" or not 32 <= len(key) <= 128:
         raise Unauthorized("send a worker key of 32 to 128 characters as `Authorization: Bearer …`")
     return workers.hash_worker_key(key)
+
+
+def _allowed(request: Request, project: Project) -> Project:
+    """The project, if whoever registers may name its servers.
+
+    What listens on this machine is not a stranger's to sell, key or no key: only programs on this
+    machine may name it. Raises Forbidden.
+    """
+    if not _is_direct(request):
+        for model in project.models:
+            if is_loopback(urlsplit(model.api).hostname or ""):
+                raise Forbidden("only programs on this machine may register servers on it")
+    return project
+
+
+def _is_direct(request: Request) -> bool:
+    return comes_directly(request.client.host if request.client else "", request.headers)
 
 
 def comes_directly(peer: str, headers: Mapping[str, str]) -> bool:
