@@ -30,6 +30,9 @@ SPARE_HEADS = 16
 MOST_ALIKE = 64
 # How good a worker that knows the prompt must be beside the best: what it saves is reading.
 WARM_ENOUGH = 0.7
+# Lanes that are looked into one by one. A worker may list hundreds of models and drain a thousand lanes
+# with each: of more than this, only those are looked into in which something waits.
+MOST_PROBES = 2_000
 # For so long after a job that demands something, each dispatch looks for such jobs.
 DEMANDED_S = 60.0
 
@@ -130,11 +133,19 @@ async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: boo
     """All lanes that these workers drain, also those that only the queue can name: of models that
     nobody has listed, and, if `demanding`, of jobs that demand more of their worker than a model."""
     # Workers that are alike share their set of lanes.
-    lanes = set().union(*{id(worker.lanes): worker.lanes for worker in workers}.values())
+    sets = list({id(worker.lanes): worker.lanes for worker in workers}.values())
     able = workers if demanding else [worker for worker in workers if worker.offers is not None]
-    if able:
-        waiting = set(await waiting_lanes(connection)) - lanes
-        lanes |= {lane for lane in waiting if any(worker.drains(lane) for worker in able)}
+    many = sum(map(len, sets)) > MOST_PROBES
+    waiting = await waiting_lanes(connection) if able or many else []
+    if many:
+        lanes = {lane for lane in waiting if any(lane in drained for drained in sets)}
+    else:
+        lanes = set().union(*sets)
+    lanes |= {
+        lane
+        for lane in waiting
+        if lane not in lanes and any(worker.drains(lane) for worker in able)
+    }
     return sorted(lanes)
 
 

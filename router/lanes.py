@@ -2,8 +2,9 @@
 
 A lane is what a model must be able to do, its id, a context class and an answer class. A job's needs
 are rounded up to the next edge, a worker's limits down, so that every job in a lane fits every worker
-that drains it and a claim never has to skip rows: its cost does not grow with the queue. Every limit
-of a registered worker is itself an edge, so that rounding strands no job that fits.
+that drains it and a claim never has to skip rows: its cost does not grow with the queue. The limits of
+registered workers are edges themselves, so that rounding strands no job that fits: the round ones, and
+so many of the others. Anybody may register, with whatever limits, and lanes are edges times edges.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from worker.protocol import ModelKind, ServedModel
 ANY_MODEL = "*"
 # A few coarse classes: each one is a probe of every claim.
 BASE_EDGES = (0, 512, 2048, 8192, 32768, 131072, 1 << 20, 1 << 40)
+# Limits that are edges as soon as any worker has them.
+ROUND_EDGES = frozenset({*BASE_EDGES, *(1 << bits for bits in range(10, 20))})
+# Of all other limits, so many become edges of each dimension, those first that came first. A worker
+# whose limit is none gets the jobs of the next smaller class.
+MOST_ODD_EDGES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +35,26 @@ class Edges:
     answer: tuple[int, ...] = BASE_EDGES
 
     def with_limits(self, models: Iterable[ServedModel]) -> Edges:
-        """These edges and the limits of `models`."""
+        """These edges and the limits of `models`, as far as there is room for them."""
         served = list(models)
         return Edges(
-            tuple(sorted({*self.context, *(m.context_length for m in served)})),
-            tuple(sorted({*self.answer, *(answer_limit(m) for m in served)})),
+            _with(self.context, (m.context_length for m in served)),
+            _with(self.answer, (answer_limit(m) for m in served)),
         )
+
+
+def _with(edges: tuple[int, ...], limits: Iterable[int]) -> tuple[int, ...]:
+    found = set(edges)
+    room = MOST_ODD_EDGES - len(found - ROUND_EDGES)
+    for limit in limits:
+        if limit in found:
+            continue
+        if limit not in ROUND_EDGES:
+            if room <= 0:
+                continue
+            room -= 1
+        found.add(limit)
+    return tuple(sorted(found))
 
 
 def answer_limit(model: ServedModel) -> int:

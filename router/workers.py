@@ -394,14 +394,17 @@ def _record(row: Any) -> WorkerRecord:
 
 
 async def add_edges(connection: Any, models: Iterable[ServedModel]) -> Edges:
-    """Make the limits of `models` edges for good; returns all edges."""
-    wanted = Edges((), ()).with_limits(models)
+    """Make the limits of `models` edges for good, while there is room; returns all edges."""
+    before = await load_edges(connection)
+    wanted = before.with_limits(models)
+    if wanted == before:
+        return before
     await connection.execute(
         "insert into lane_edges (dimension, edge)"
         " select 'context', unnest($1::bigint[]) union all select 'answer', unnest($2::bigint[])"
         " on conflict do nothing",
-        list(wanted.context),
-        list(wanted.answer),
+        [edge for edge in wanted.context if edge not in before.context],
+        [edge for edge in wanted.answer if edge not in before.answer],
     )
     return await load_edges(connection)
 

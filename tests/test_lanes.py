@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.lanes import Edges, answer_limit, drained_by, lane
+from router.lanes import BASE_EDGES, MOST_ODD_EDGES, Edges, answer_limit, drained_by, lane
 from worker.protocol import ModelKind, ServedModel
 
 LENGTHS = st.one_of(st.integers(1, 40), st.integers(1, 4000), st.integers(1, 300_000))
@@ -94,3 +94,26 @@ def test_lanes_stay_few_for_one_worker():
     """Each lane is a probe of every claim."""
     worker = ServedModel(id="m", context_length=131_072, max_tokens=8192)
     assert len(drained_by(Edges().with_limits([worker]), [worker])) <= 36
+
+
+def test_there_is_room_for_round_limits_and_for_so_many_others():
+    """Anybody may register, with as many limits as there are numbers: lanes are edges times edges."""
+    edges = Edges()
+    for limit in range(1101, 1201):
+        edges = edges.with_limits([ServedModel(id="m", context_length=limit, max_tokens=limit)])
+    assert len(edges.context) == len(edges.answer) == len(BASE_EDGES) + MOST_ODD_EDGES
+    round_one = ServedModel(id="m", context_length=4096, max_tokens=0)
+    assert 4096 in edges.with_limits([round_one]).context
+
+
+def test_a_worker_whose_limit_is_no_edge_gets_jobs_that_fit():
+    odd = ServedModel(id="m", context_length=1777, max_tokens=1777)
+    many = [ServedModel(id="m", context_length=limit) for limit in range(1101, 1201)]
+    edges = Edges().with_limits([*many, odd])
+    assert 1777 not in edges.context
+    drained = drained_by(edges, [odd])
+    for prompt_tokens, at_all in ((500, True), (1000, True), (1776, False)):
+        waits_in = lane(
+            edges, kind=ModelKind.TEXT, model="m", prompt_tokens=prompt_tokens, max_tokens=1
+        )
+        assert (waits_in in drained) == at_all
