@@ -36,8 +36,10 @@ from router.errors import (
     NoSuchQuote,
     QuoteExpired,
     RouterError,
+    UnknownModel,
 )
 from router.job_records import NewJob, NewQuote
+from router.lanes import ANY_MODEL
 from router.models import Models
 from router.prompt_prefix import prefix_of
 from router.requests import Item, Request
@@ -129,6 +131,9 @@ class Quotes:
         seen here, since one may come (AH-4). Raises BadRequest, UnknownModel, PromptTooLong,
         NoWorker, FeeTooHigh.
         """
+        if any(item.spec.model == ANY_MODEL and not item.any_of for item in request.items):
+            # The sign for every model is no model: it would be had at nobody's price.
+            raise UnknownModel("* is not the name of a model", model=ANY_MODEL)
         schedule = await self.fees.now()
         may_wait = may_wait or request.terms.max_wait_s is not None
         lengths = [self._length(request, item, may_wait, anyhow) for item in request.items]

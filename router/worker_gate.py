@@ -22,6 +22,7 @@ from router.database import Database
 from router.http_endpoints import Endpoints
 from router.http_sessions import HttpSession, HttpWorker
 from router.job_records import Claimed, Resumed
+from router.lanes import ANY_MODEL
 from router.models import Models
 from router.queenbee import QueenBeeRegistration
 from router.queenbee_sessions import QueenBeeSession
@@ -228,6 +229,8 @@ class WorkerGate:
         if any("\0" in text for text in texts_of(applicant)):
             # PostgreSQL has no such character in its texts.
             raise RefusedWorker("bad_registration", "NUL is not a character of any name")
+        if any(model.id == ANY_MODEL for model in applicant.models):
+            raise RefusedWorker("bad_registration", "models: * is not the name of a model")
         seen = {(model.kind, model.id) for model in applicant.models}
         if len(seen) != len(applicant.models):
             raise RefusedWorker("bad_registration", "models: a model is listed twice")
