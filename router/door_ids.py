@@ -87,9 +87,9 @@ class DoorIds:
 
     async def find(self, presented: str, door: Door | None = None) -> Named | None:
         """What this id opens (at one door); None for one that was never handed out, or long ago."""
-        if not _IDS.match(presented):
+        normal = normal_id(presented)
+        if normal is None:
             return None
-        normal = presented.replace("-", "").lower()
         async with self._database.connection() as connection:
             row = await connection.fetchrow(
                 "select door, quote_id, job_index from door_ids where id_hash = $1",
@@ -111,6 +111,11 @@ class DoorIds:
                 named.quote_id,
                 named.job_index,
             )
+
+
+def normal_id(presented: str) -> str | None:
+    """What may be an id, as 32 hex digits; None for what is none."""
+    return presented.replace("-", "").lower() if _IDS.match(presented) else None
 
 
 def as_uuid(door_id: str) -> str:

@@ -18,7 +18,7 @@ from router.api.answers import answer, core_of, read_object
 from router.api.horde_errors import HordeRefusal, refusal
 from router.api.polling import POLLED, Progress, progress
 from router.core import Core
-from router.door_ids import Door, as_uuid
+from router.door_ids import Door, as_uuid, normal_id
 from router.errors import BadRequest, NoSuchThing
 from router.job_records import NewQuote
 from router.job_states import State
@@ -149,16 +149,17 @@ async def _only_worker(core: Core, named: Any) -> str | None:
     """The worker that a request is for, of those that there are (AH-3). Raises HordeRefusal."""
     if not named:
         return None
-    if not isinstance(named, list):
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise BadRequest("workers must be a list of ids", param="workers")
+    # Each is looked up: no more than the first two that differ say how it ends.
     ids: list[str] = []
-    for name in named:
+    for name in list(dict.fromkeys(named))[:2]:
         try:
-            found = await text_workers.text_workers(core, worker_id=uuid.UUID(str(name)).hex)
+            found = await text_workers.text_workers(core, worker_id=uuid.UUID(name).hex)
         except ValueError:
             found = []
         if not found:
-            raise HordeRefusal(404, "WorkerNotFound", f"Worker with ID '{name}' not found.")
+            raise HordeRefusal(404, "WorkerNotFound", f"Worker with ID '{name[:40]}' not found.")
         ids.append(found[0].id)
     if len(set(ids)) > 1:
         # Left out, the others would be what the client did not want; so it is said.
@@ -174,7 +175,9 @@ async def status(request: Request, request_id: str) -> Response:
     """How far a request is, and its answers (AH-5); the id is all that is needed."""
     core = core_of(request)
     try:
-        core.limiter.poll(request, f"horde-status-{request_id}", STATUS_PER_MINUTE)
+        if (named := normal_id(request_id)) is not None:
+            # What is no id is not counted, and not kept in memory either.
+            core.limiter.poll(request, f"horde-status-{named}", STATUS_PER_MINUTE)
         at = await _progress(core, request_id)
         return answer(await _status(core, at), headers=at.headers())
     except Exception as error:
