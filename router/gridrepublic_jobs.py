@@ -71,12 +71,12 @@ def _seconds(body: dict[str, Any], most_s: int) -> int:
             hours = float(hours)
         except ValueError:
             hours = None
-    if isinstance(hours, bool) or not isinstance(hours, int | float) or not math.isfinite(hours):
+    if isinstance(hours, bool) or not isinstance(hours, int | float) or math.isnan(hours):
         raise BadRequest("hours must be a number", param="hours")
-    seconds = math.ceil(hours * 3600)
-    if not 1 <= seconds <= most_s:
+    # As hours: of a number that is too large there may be no seconds.
+    if not 0 < hours <= most_s / 3600:
         raise BadRequest(f"hours must be above 0 and at most {most_s / 3600:g}", param="hours")
-    return seconds
+    return math.ceil(hours * 3600)
 
 
 def read_inputs(command_line: Any) -> tuple[str, ...]:

@@ -154,6 +154,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hours": "soon"}, "hours"),
     ({"hours": True}, "hours"),
     ({"hours": "nan"}, "hours"),
+    ({"hours": 1e306}, "hours"),
+    ({"hours": "inf"}, "hours"),
     ({"hours": "inf"}, "hours"),
     ({"app": "gridrepublic:folding"}, "app"),
     ({"tag": None}, "tag"),
