@@ -51,6 +51,8 @@ class Trouble:
             [(_, name, act)] = self._random.choices(acts, weights)
             self.happened[name] += 1
             await act()
+            # For an hour the router's node would avoid a channel that failed meanwhile.
+            await self._network.router.forgive()
 
     def _moment(self) -> float:
         return self._random.uniform(0, _LONGEST_S)
@@ -89,8 +91,6 @@ class Trouble:
         await asyncio.sleep(self._moment())
         await self._network.worker.revive()
         await self._network.worker.ready()
-        # For an hour the router's node would avoid the channel that failed meanwhile.
-        await self._network.router.forgive()
 
     async def _mood(self, mood: str) -> None:
         await self._network.worker.call("set_mood", mood=mood)
