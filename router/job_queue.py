@@ -145,6 +145,22 @@ async def move(connection: Any, job_id: str, from_lane: str, to_lane: str) -> No
     await connection.execute(_MOVE, job_id, from_lane, to_lane)
 
 
+async def move_waiting(connection: Any, moves: Sequence[tuple[str, str, str]]) -> None:
+    """Move jobs that were seen waiting: (job id, from lane, to lane).
+
+    Their rows in `jobs` are locked first, as claims and endings do: a claim that takes a job out of
+    its lanes while it is moved would not see the new one, and leave the job waiting there for ever.
+    """
+    waiting = await connection.fetch(
+        "select id from jobs where id = any($1::text[]) and state = 'queued' order by id for update",
+        sorted({job_id for job_id, _, _ in moves}),
+    )
+    ids = {row["id"] for row in waiting}
+    for job_id, from_lane, to_lane in moves:
+        if job_id in ids:
+            await move(connection, job_id, from_lane, to_lane)
+
+
 async def read_all(connection: Any) -> tuple[str, list[Change]]:
     """The whole queue as one set of changes, and the snapshot it was read in.
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from router import charging, demands, door_ids, job_queue, job_store, kept_chunks, workers
@@ -395,21 +396,21 @@ class Maintenance:
             )
 
     async def _to_own_lanes(self, rows: Sequence[Any]) -> int:
-        moved = 0
-        async with self._database.transaction() as connection:
-            for row in rows:
-                # A job may wait in lanes of several models: each row stays with its own.
-                lane = self._models.lane(
-                    Kind(row["kind"]),
-                    model_of(row["lane"]),
-                    prompt_tokens=row["prompt_tokens"],
-                    max_tokens=row["max_tokens"],
-                    demand=demands.of_lane(row["lane"]),
-                )
-                if lane != row["lane"]:
-                    await job_queue.move(connection, row["job_id"], row["lane"], lane)
-                    moved += 1
-        return moved
+        moves = []
+        for row in rows:
+            # A job may wait in lanes of several models: each row stays with its own.
+            lane = self._models.lane(
+                Kind(row["kind"]),
+                model_of(row["lane"]),
+                prompt_tokens=row["prompt_tokens"],
+                max_tokens=row["max_tokens"],
+                demand=demands.of_lane(row["lane"]),
+            )
+            if lane != row["lane"]:
+                moves.append((row["job_id"], row["lane"], lane))
+        if moves:
+            await self._database.run(partial(job_queue.move_waiting, moves=moves))
+        return len(moves)
 
     async def forget_queue_changes(self) -> None:
         """Delete what every router has seen of who came to the queue and left it."""

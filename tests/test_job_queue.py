@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from router import job_queue, job_store, job_submits
 from router.database import Database
 from router.job_records import Ending, GiveBack, Submission
@@ -125,6 +127,36 @@ async def test_a_move_finds_a_job_only_in_the_lane_it_was_seen_in(database: Data
         await job_queue.move(connection, job_id, LANE, "there")
         assert await _order(connection) == []
         assert await _order(connection, "there") == [job_id]
+
+
+@pytest.mark.parametrize("taken_by", ["a claim", "a cancel"])
+async def test_a_job_that_is_taken_while_it_is_moved_waits_nowhere(
+    database: Database, taken_by: str
+):
+    """What is left of it in the new lane could never be claimed, and it could not be given back."""
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (job_id,) = await _queue(connection, account_id, 1000)
+
+    async def take() -> Any:
+        async with database.transaction() as connection:
+            if taken_by == "a claim":
+                return await claim(connection, job_id, "w1")
+            return await end(connection, Ending(job_id, Event.CANCEL, "cancelled"))
+
+    async with database.transaction() as connection:
+        await job_queue.move_waiting(connection, [(job_id, LANE, "there")])
+        taking = asyncio.create_task(take())
+        # As long as it takes to have asked: it waits for this transaction, or has found nothing.
+        async with database.connection() as looking:
+            while not taking.done() and not await looking.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0.01)
+    taken = await taking is not None
+    async with database.connection() as connection:
+        assert await _order(connection, "there") == ([] if taken else [job_id])
+        assert await job_queue.length(connection) == (0 if taken else 1)
 
 
 async def test_adding_nothing_is_harmless(database: Database):
