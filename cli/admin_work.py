@@ -163,7 +163,8 @@ def list_payouts(
         notes.append(f"payouts are paused: {answer['paused']} (satherd admin payouts resume)")
     if answer["blocked"]:
         notes.append(f"nothing is sent for now: {answer['blocked']}")
-    access.show(answer, table(None, heads, rows), *notes)
+    title = "simulated money" if answer["simulated"] else None
+    access.show(answer, table(title, heads, rows), *notes)
 
 
 @payouts_app.command("retry")

@@ -25,6 +25,7 @@ from billing.lightning import (
 )
 from billing.lightning.connect import connect
 from billing.lightning.phoenixd import PhoenixdBackend
+from cli.router_location import simulated_url
 from cli.settings_flags import BadSettings, complain, read_settings
 from router.settings import Settings, backend_settings
 
@@ -53,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         settings = read_settings(Settings, arguments[2:], prog="satherd lightning check")
     except BadSettings as error:
         return complain(error)
+    if settings.simulated and settings.simulated_url is None:
+        settings.simulated_url = simulated_url(settings.data_dir)
     try:
         report = asyncio.run(_check(settings))
     except (BillingError, ValueError) as error:

@@ -68,9 +68,9 @@ from router.api import (
 )
 from router.api import receipts as receipt_doors
 from router.api import workers as worker_doors
-from router.api.answers import no_such_door
 from router.api.middleware import BodyLimit, Cors, PaymentReceipt
 from router.api.shortcut import Shortcut
+from router.api.unknown_paths import no_such_door
 from router.asks import Asks
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus

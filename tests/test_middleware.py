@@ -226,7 +226,7 @@ def test_an_address_is_read_only_as_far_as_proxies_are_trusted():
         parse_networks("not a network")
 
 
-async def test_unknown_paths_and_wrong_methods_are_errors_in_our_shape(router: Rig):
+async def test_unknown_paths_and_wrong_methods_are_errors(router: Rig):
     replies: list[tuple[httpx.Response, tuple[int, str]]] = [
         (await router.http.get("/nowhere"), (404, "not_found")),
         (await router.http.get("/v1/nowhere"), (404, "not_found")),
@@ -235,3 +235,24 @@ async def test_unknown_paths_and_wrong_methods_are_errors_in_our_shape(router: R
     ]
     for reply, expected in replies:
         assert code(reply) == expected and reply.json()["error"]["message"]
+
+
+async def test_unknown_paths_and_wrong_methods_are_errors_in_the_dialect_of_the_door(router: Rig):
+    async def fields(method: str, path: str) -> tuple[int, object]:
+        reply = await router.http.request(method, path)
+        body = reply.json()
+        return reply.status_code, sorted(body) if isinstance(body, dict) else body
+
+    openai = await router.http.get("/v1/chat/completions")
+    assert openai.headers["allow"] == "POST"
+    assert openai.json()["error"]["type"] == "invalid_request_error"
+    assert await fields("GET", "/api/v0/nowhere") == (404, ["code", "message"])
+    assert await fields("GET", "/api/v0/chat/completion") == (405, ["code", "message"])
+    assert await fields("GET", "/api/v2/nowhere") == (404, ["message", "rc"])
+    assert await fields("PUT", "/api/v2/generate/text/async") == (405, ["message", "rc"])
+    assert await fields("GET", "/generate/nowhere/else") == (404, "Not Found")
+    assert await fields("PUT", "/generate/prompt") == (405, ["code", "message"])
+    assert await fields("PUT", "/servers") == (405, ["code", "message"])
+    assert await fields("GET", "/remotejobs/v2/jobs") == (405, ["code", "error", "success"])
+    assert await fields("GET", "/herder") == (405, ["Action", "X-Reason", "error"])
+    assert await fields("GET", "/serverspotting") == (404, ["error"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import orjson
 from fastapi import Request, Response
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from router.api.errors import Problem, problem_of
@@ -78,12 +77,3 @@ def noted(error: Exception, request: Request) -> Problem:
         path = getattr(request.scope.get("route"), "path", None) or request.url.path
         log.error("a request failed method=%s path=%s", request.method, path, exc_info=error)
     return problem
-
-
-def no_such_door(_request: Request, error: Exception) -> Response:
-    """What the web framework refuses by itself: unknown paths, wrong methods."""
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    problem = Problem(code, str(error.detail), {})
-    headers = {**problem.headers, **(error.headers or {})}
-    return answer(problem.as_json(), status=error.status_code, headers=headers)

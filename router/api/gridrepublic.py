@@ -79,12 +79,17 @@ async def status(request: Request, ids: str) -> Response:
         return _refused(noted(error, request))
 
 
+def error_body(problem: Problem) -> dict[str, Any]:
+    """An error in this dialect."""
+    return {"success": False, "error": problem.message, "code": problem.code}
+
+
 def _refused(
     problem: Problem,
     said: dict[str, Any] | None = None,
     challenges: Sequence[str] = (),
 ) -> Response:
-    body = {"success": False, "error": problem.message, "code": problem.code, **(said or {})}
+    body = {**error_body(problem), **(said or {})}
     return answer(body, status=problem.status, headers=problem.headers, challenges=challenges)
 
 

@@ -89,6 +89,11 @@ async def herder(request: Request) -> Response:
         return _refused(noted(error, request), reference, {})
 
 
+def error_body(problem: Problem) -> dict[str, Any]:
+    """An error in this dialect."""
+    return {"Action": "Transfer-Error", "X-Reason": problem.message, **problem.as_json()}
+
+
 def _refused(
     problem: Problem,
     reference: str | None,
@@ -97,13 +102,8 @@ def _refused(
     challenges: Sequence[str] = (),
 ) -> Response:
     """A message that comes to nothing; nothing was taken for it."""
-    body = {
-        "Action": "Transfer-Error",
-        **({"X-Reference": reference} if reference is not None else {}),
-        "X-Reason": problem.message,
-        **said,
-        **problem.as_json(),
-    }
+    reference_of = {"X-Reference": reference} if reference is not None else {}
+    body = {**error_body(problem), **reference_of, **said}
     more = {**(headers or {}), **problem.headers}
     return answer(body, status=problem.status, headers=more, challenges=challenges)
 
@@ -118,6 +118,7 @@ async def _info(core: Core) -> dict[str, str]:
         f"{block['Name']} {block['Version']}: {block['Base-Fee']} satoshi a prompt and"
         f" {block['Token-Fee']} a token, times {block['Last-Multiplier']};"
         f" {block['Queue-Length']} in the queue"
+        f"{'; simulated money' if core.node.simulated else ''}"
     )
     return {**block, "Data": text}
 

@@ -59,7 +59,7 @@ def refusal(error: Exception, request: Request) -> Response:
             return bad_key(request)
         case _:
             problem = noted(error, request)
-            return answer(_body(problem), status=problem.status, headers=problem.headers)
+            return answer(error_body(problem), status=problem.status, headers=problem.headers)
 
 
 def bad_key(request: Request) -> Response:
@@ -74,7 +74,8 @@ def bad_key(request: Request) -> Response:
     return answer({"message": message, "rc": "InvalidAPIKey"}, status=401)
 
 
-def _body(problem: Problem) -> dict[str, Any]:
+def error_body(problem: Problem) -> dict[str, Any]:
+    """An error of ours in that shape."""
     named = problem.facts.get("param")
     if problem.code == "bad_request" and isinstance(named, str):
         return {

@@ -244,10 +244,11 @@ def refusal(error: Exception, request: Request) -> Response:
         except Exception as throttled:
             error = throttled
     problem = noted(error, request)
-    return answer(_body(problem), status=problem.status, headers=problem.headers)
+    return answer(error_body(problem), status=problem.status, headers=problem.headers)
 
 
-def _body(problem: Problem) -> Any:
+def error_body(problem: Problem) -> Any:
+    """An error of ours in that shape."""
     if problem.code in _BARE:
         return problem.message
     facts = {name: value for name, value in problem.facts.items() if name != "param"}
