@@ -113,6 +113,29 @@ def _given_picture(value: Any, param: str) -> str:
         raise BadRequest(f"{param}: {error}", param=param) from None
 
 
+def check_picture_urls(part: Mapping[str, Any]) -> None:
+    """The URLs in a part of a message are like those of pictures to edit, whatever the part is: engines
+    fetch what they are told, from wherever the worker is. Raises BadRequest."""
+    left: list[tuple[str, Any]] = list(part.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend(value.items())
+        elif isinstance(value, list):
+            left.extend((name, inner) for inner in value)
+        elif isinstance(value, str) and (name == "url" or name.endswith("_url")):
+            _check_fetched(value)
+
+
+def _check_fetched(url: str) -> None:
+    if url[:5].lower() == "data:":
+        return
+    try:
+        parse_outside_url(url, OutsideRules())
+    except BadOutsideUrl as error:
+        raise BadRequest(f"a URL in a message: {error}", param="messages") from None
+
+
 def _check_base64(text: str, param: str) -> None:
     try:
         empty = not base64.b64decode(text, validate=True)

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
-
 from router import requests
 from router.errors import BadRequest
 from router.lanes import ANY_MODEL
@@ -201,7 +199,7 @@ def _context(params: Mapping[str, Any], bounds: Bounds) -> dict[str, Any]:
 
 
 def _hash(door: str, body: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(orjson.dumps([door, body], option=orjson.OPT_SORT_KEYS)).digest()
+    return hashlib.sha256(requests.canonical([door, body])).digest()
 
 
 def payload(spec: CompletionSpec, *, prompt: str, stops: list[str], context: int) -> dict[str, Any]:

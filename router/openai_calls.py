@@ -25,6 +25,7 @@ from worker.protocol import (
     JobSpec,
     Picture,
     Usage,
+    is_deep,
 )
 
 _FINISH = {
@@ -125,6 +126,8 @@ def piece(answer: Mapping[str, Any]) -> Piece:
         for key, value in said.items()
         if key not in ("content", "role") and value not in (None, "", [])
     }
+    if is_deep(rest):
+        raise BadAnswer("a delta that is nested too deeply")
     try:
         Delta.model_validate(rest, strict=True)
     except ValidationError:

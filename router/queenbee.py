@@ -129,7 +129,7 @@ def verified_key(raw: Mapping[str, Any]) -> bytes | None:
         # A key must be 32 bytes and on the curve, a signature 64 bytes.
         if PublicKeyXOnly(public_key).verify(signature, digest):
             return public_key
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     return None
 

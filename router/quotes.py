@@ -504,7 +504,10 @@ def _as_json(spec: JobSpec) -> str:
     try:
         return spec.model_dump_json(exclude_none=True)
     except PydanticSerializationError:
-        raise BadRequest("the request is nested too deeply") from None
+        # Within a text there may be JSON of its own, with half a surrogate pair.
+        raise BadRequest(
+            "the request is nested too deeply, or a text in it is no Unicode"
+        ) from None
 
 
 def stored_quote(row: Any) -> StoredQuote:

@@ -21,7 +21,7 @@ from billing.msat import parse_decimal
 from billing.outside_url import OutsideRules
 from router.conditions import read_conditions
 from router.errors import BadRequest
-from router.image_requests import edit_spec, image_spec
+from router.image_requests import check_picture_urls, edit_spec, image_spec
 from router.prompt_tokens import prompt_tokens
 from router.request_fields import flag, integer
 from router.webhook_request import read_webhook
@@ -174,10 +174,11 @@ def renamed(request: Request, name_of: Callable[[str], str]) -> Request:
 
 def request_hash(kind: Kind, body: Mapping[str, Any]) -> bytes:
     """SHA-256 of the body in one spelling: the same for the same request, however it was written."""
-    return hashlib.sha256(_canonical([kind, body])).digest()
+    return hashlib.sha256(canonical([kind, body])).digest()
 
 
-def _canonical(value: Any) -> bytes:
+def canonical(value: Any) -> bytes:
+    """A value of JSON in one spelling."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError:
@@ -287,8 +288,11 @@ def _check_message(message: Any) -> None:
         raise BadRequest("each message needs a role: system, user or assistant", param="messages")
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, (str, dict, Mapping)) for part in content):
-            raise BadRequest("content parts must be objects", param="messages")
+        for part in content:
+            if isinstance(part, (dict, Mapping)):
+                check_picture_urls(part)
+            elif not isinstance(part, str):
+                raise BadRequest("content parts must be objects", param="messages")
     elif content is not None and not isinstance(content, str):
         raise BadRequest("content must be text or a list of parts", param="messages")
 

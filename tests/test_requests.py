@@ -204,6 +204,25 @@ def test_an_empty_message_beside_one_that_says_something_is_fine():
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest/meta-data"}},
+        {"type": "image_url", "image_url": "https://127.0.0.1/x.png"},
+        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+        {"type": "video_url", "video_url": {"url": "https://router.internal:8443/"}},
+        {"type": "image", "source": {"type": "url", "url": "https://localhost/x.png"}},
+        {"type": "image_url", "image_url": [{"url": "https://user:secret@x.test/y.png"}]},
+    ],
+    ids=["metadata", "loopback", "file", "port", "source", "password"],
+)
+def test_a_message_makes_no_worker_fetch_what_is_not_public(part: Any):
+    """Engines fetch the URLs in messages, from inside whatever network they are in."""
+    with pytest.raises(BadRequest) as refused:
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": "Look."}, part]}])
+    assert param_of(refused) == "messages"
+
+
+@pytest.mark.parametrize(
     "prompt", [None, "", [], [""], ["a", ""], [1, "a"], [-1], [2**31], 5, {}, [True]], ids=repr
 )
 def test_a_prompt_that_is_empty_or_neither_text_nor_tokens_is_refused(prompt: Any):

@@ -370,6 +370,26 @@ class ToolCall(BaseModel):
     function: CalledFunction | None = None
 
 
+# How deep a delta may be nested: whoever writes it as JSON must not fail at it.
+MOST_NESTED = 100
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than MOST_NESTED."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inner: list[Any] = []
+        for outer in level:
+            if isinstance(outer, dict):
+                inner.extend(outer.values())
+            elif isinstance(outer, list):
+                inner.extend(outer)
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
 class Delta(BaseModel):
     """OpenAI's streamed delta, as far as anybody has to read it."""
 
@@ -399,6 +419,8 @@ class Chunk(BaseModel):
     def _is_a_delta(cls, delta: dict[str, Any] | None) -> dict[str, Any] | None:
         # Checked, and passed on as it is.
         if delta is not None:
+            if is_deep(delta):
+                raise ValueError("nested too deeply")
             Delta.model_validate(delta, strict=True)
         return delta
 
