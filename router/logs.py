@@ -145,7 +145,17 @@ class PlainLines(logging.Formatter):
         if record.exc_info or record.stack_info:
             return self.whole.format(record)
         # Before it is put in JSON, whose quotes would hide a secret from us.
-        return self._line(record, hidden(record.getMessage()))
+        return self._line(record, hidden(_one_line(record.getMessage())))
+
+
+def _one_line(message: str) -> str:
+    """Without line breaks and other characters that steer: names that strangers give themselves stand
+    in some messages, and must not look like lines of ours."""
+    return message if message.isprintable() else "".join(map(_visible, message))
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def text_line(record: logging.LogRecord, message: str) -> str:

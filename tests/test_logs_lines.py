@@ -61,3 +61,11 @@ def test_an_exception_goes_through_the_whole_formatter():
         made = record("it failed", exc_info=sys.exc_info())
     line = formatter("text", colors=False).format(made)
     assert "it failed" in line and "ValueError" in line and words not in line
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_name_that_a_stranger_gave_makes_no_line_of_its_own(log_format: str):
+    name = "m\n2026-01-01T00:00:00Z [info     ] payout paid \x1b[2J\u2028end"
+    line = formatter(log_format, colors=False).format(record("worker registered models=%s", name))
+    assert line.isprintable()
+    assert "payout paid" in line and "end" in line
