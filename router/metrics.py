@@ -25,6 +25,8 @@ from router.core import Core
 from router.database import DatabaseUnavailable
 
 FRESH_S = 1.0
+# Models that have a series of their own; the rest together has no name.
+MOST_MODELS = 100
 PATIENCE_S = 3.0
 
 _LIABILITIES = """
@@ -104,7 +106,10 @@ def _by_model(core: Core) -> dict[str, int]:
     for lanes, jobs in core.market.counts.in_lanes():
         # A job that waits for any of several models is counted once, at the first.
         queue[lanes[0].split("/", 3)[3]] += jobs
-    return queue
+    # Clients may wait for models of any name: each would be a series for good.
+    most = dict(queue.most_common(MOST_MODELS))
+    rest = queue.total() - sum(most.values())
+    return most | ({"": rest} if rest else {})
 
 
 async def _node(core: Core) -> NodeBalance | None:

@@ -34,8 +34,13 @@ class ModelFacts:
     service_s: float | None
 
 
+# Names cost nothing: of models that nobody serves now, those are known that were seen last.
+MOST_KNOWN = 2_000
+_LOOKED_AT = 100
+
+
 class Models:
-    """The models of this market. `known` are those of workers that may come back."""
+    """The models of this market. `known` are those of workers that may come back, as they came."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -44,7 +49,20 @@ class Models:
 
     def learn(self, models: Iterable[ServedModel]) -> None:
         for model in models:
+            self.known.pop((model.kind, model.id), None)
             self.known[model.kind, model.id] = model
+        over = len(self.known) - MOST_KNOWN
+        if over > 0:
+            self._forget(over)
+
+    def _forget(self, over: int) -> None:
+        """Forget the oldest that nobody serves, looking at a few more than are to go."""
+        for key in list(self.known)[: over + _LOOKED_AT]:
+            model = self.known.pop(key)
+            if over <= 0 or self.fleet.serving(*key):
+                self.known[key] = model
+            else:
+                over -= 1
 
     def lane(
         self,
@@ -218,10 +236,29 @@ class Models:
         kinds: dict[str, list[ModelKind]] = {}
         for kind, model in sorted(self.known, key=lambda k: (k[1], k[0] != ModelKind.TEXT)):
             kinds.setdefault(model, []).append(kind)
-        return [self._facts(model, tuple(have)) for model, have in sorted(kinds.items())]
+        serving: dict[tuple[ModelKind, str], list[Worker]] = {}
+        offering: list[Worker] = []
+        for worker in self.fleet.everywhere():
+            if worker.draining:
+                continue
+            if worker.offers is not None:
+                offering.append(worker)
+                continue
+            for served in worker.models:
+                serving.setdefault((served.kind, served.id), []).append(worker)
+        return [
+            self._facts(
+                model,
+                tuple(have),
+                [
+                    *serving.get((have[0], model), ()),
+                    *(w for w in offering if w.serves(have[0], model) is not None),
+                ],
+            )
+            for model, have in sorted(kinds.items())
+        ]
 
-    def _facts(self, model: str, kinds: tuple[ModelKind, ...]) -> ModelFacts:
-        workers = self.fleet.serving(kinds[0], model)
+    def _facts(self, model: str, kinds: tuple[ModelKind, ...], workers: list[Worker]) -> ModelFacts:
         offers = [m for m in (w.serves(kinds[0], model) for w in workers) if m is not None]
         offers = offers or [self.known[kinds[0], model]]
         speeds = [w.speeds[model] for w in workers if model in w.speeds]

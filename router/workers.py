@@ -30,6 +30,8 @@ UNKNOWN_SPEED = 20.0
 UNKNOWN_SERVICE_S = 5.0
 # The floor of a worker that no multiplier pays what it asks.
 NEVER_MILLI = 1 << 60
+# Records that are read at the start, for the models in them.
+MOST_READ = 20_000
 # Beginnings of prompts that a worker is taken to have at hand, if it has fewer slots than that.
 LEAST_REMEMBERED = 2
 
@@ -451,11 +453,17 @@ async def keep_records(connection: Any, news: Iterable[News]) -> None:
 
 
 async def known_models(connection: Any) -> dict[tuple[ModelKind, str], ServedModel]:
-    """The widest limits of each model that any worker not banned has ever registered."""
+    """The widest limits of each model that any worker not banned has registered, those seen last at
+    the end; of the last so many workers."""
     widest: dict[tuple[ModelKind, str], ServedModel] = {}
-    for row in await connection.fetch("select models from workers where banned_at is null"):
+    rows = await connection.fetch(
+        "select models from workers where banned_at is null order by last_seen_at desc limit $1",
+        MOST_READ,
+    )
+    for row in reversed(rows):
         for model in map(ServedModel.model_validate, json.loads(row["models"])):
-            known = widest.get((model.kind, model.id))
+            known = widest.pop((model.kind, model.id), None)
             if known is None or known.context_length < model.context_length:
-                widest[model.kind, model.id] = model
+                known = model
+            widest[model.kind, model.id] = known
     return widest
