@@ -112,10 +112,15 @@ class PullGate:
         self.handed_out = HandedOut()
         self.passwords = Passwords()
 
-    async def pop(self, offer: Offer, *, amount: int = 1) -> Popped:
-        """Jobs for a worker, at most `amount`. Raises NotTheOwner, RefusedWorker."""
+    async def pop(
+        self, offer: Offer, *, amount: int = 1, on_new: Callable[[], None] = lambda: None
+    ) -> Popped:
+        """Jobs for a worker, at most `amount`. `on_new` may raise when the name is nobody's yet.
+
+        Raises NotTheOwner, RefusedWorker.
+        """
         async with self._lock_of(offer.name):
-            session = await self._session(offer)
+            session = await self._session(offer, on_new)
         await self._check_in(session)
         session.asked_too_much = 0
         session.make_room()
@@ -142,14 +147,16 @@ class PullGate:
             lock = self._locks[name] = asyncio.Lock()
         return lock
 
-    async def _session(self, offer: Offer) -> PullSession:
+    async def _session(self, offer: Offer, on_new: Callable[[], None]) -> PullSession:
         session = self._sessions.get(offer.name)
         if session is not None and session.owner_hash != offer.owner_hash:
             raise NotTheOwner(offer.name)
         if session is not None and session.offered == offer:
             return session
         known = await pull_records.find(self._database, name=offer.name)
-        if known is not None and known.owner_hash != offer.owner_hash:
+        if known is None:
+            on_new()
+        elif known.owner_hash != offer.owner_hash:
             raise NotTheOwner(offer.name)
         applicant, edges = self._applicant(offer), self._fleet.edges
         if session is None:

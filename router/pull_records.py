@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,15 @@ class Passwords:
     def __init__(self) -> None:
         self._seen: dict[bytes, bytes] = {}
 
-    async def owner(self, name: str, password: str) -> bytes:
+    async def owner(
+        self, name: str, password: str, *, before_work: Callable[[], None] = lambda: None
+    ) -> bytes:
+        """`before_work` may raise, for whoever has shown too many that are new here."""
         salt = hashlib.sha256(b"satherd-name\0" + name.encode()).digest()
         quick = hashlib.sha256(salt + password.encode()).digest()
         stretched = self._seen.get(quick)
         if stretched is None:
+            before_work()
             stretched = await asyncio.to_thread(
                 hashlib.scrypt, password.encode(), salt=salt, dklen=32, **_SCRYPT
             )

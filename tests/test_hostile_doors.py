@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 
+from router.api.kobold_worker import NEW_PER_MINUTE
 from router.dispatcher import MOST_PROBES
+from router.models import MOST_KNOWN
+from router.pull_records import Passwords
+from router.rate_limits import KEY_FAILURES_PER_MINUTE
 from tests.poll_tools import HORDE_PROMPT, apikey
-from tests.pull_stand_ins import KoboldCpp
+from tests.pull_stand_ins import ClusterBridge, KoboldCpp
 from tests.router_rig import MODEL, Rig, running_rig
+from worker.protocol import ModelKind, ServedModel
 
 
 async def test_the_sign_for_every_model_is_no_model_that_can_be_bought(router: Rig):
@@ -105,3 +111,103 @@ async def test_asking_for_what_is_no_request_is_not_remembered(tmp_path: Path, d
             path = f"/api/v2/generate/text/status/{number}{'x' * 1000}"
             assert (await router.http.get(path)).status_code == 404
         assert len(router.core.limiter._windows) == before
+
+
+def nested(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+@pytest.mark.parametrize("levels", [251, 300, 990])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate/prompt", '{"prompt": "x", "username": "a", "a": %s}'),
+        ("/api/v2/generate/text/async", '{"prompt": "x", "a": %s}'),
+        ("/remotejobs/v2/jobs", '{"tag": "m", "commandLine": "{\\"input\\":\\"x\\"}", "a": %s}'),
+        ("/jobs", '{"kind": "chat", "model": "m", "messages": [{"role": "user", "content": %s}]}'),
+        ("/v1/chat/completions", '{"model": "m", "messages": [{"role": "user", "a": %s}]}'),
+        ("/herder", '{"Action": "Info", "a": %s}'),
+    ],
+    ids=lambda value: value if value.startswith("/") else "",
+)
+async def test_a_body_that_is_nested_too_deeply_is_bad_input(
+    router: Rig, path: str, body: str, levels: int
+):
+    """What is made of it, a frame for a worker for instance, could not be written as JSON."""
+    reply = await router.http.post(path, content=body % nested(levels))
+    assert reply.status_code == 400 and "nested" in reply.text, reply.text
+
+
+async def test_a_long_body_that_is_flat_is_none_of_these(router: Rig):
+    content = [{"type": "text", "text": "x"}] * 500
+    body = {"kind": "chat", "model": MODEL, "messages": [{"role": "user", "content": content}]}
+    async with router.worker():
+        assert (await router.http.post("/jobs", json=body)).status_code == 402
+
+
+async def test_a_worker_s_delta_that_is_nested_too_deeply_reaches_no_reader(router: Rig):
+    payer = await router.bearer()
+    body = {"kind": "chat", "model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    deep: Any = 1
+    for _ in range(200):
+        deep = [deep]
+    async with router.worker() as worker:
+        (made,) = (await router.http.post("/jobs", json=body, headers=payer)).json()["jobs"]
+        job = await worker.job()
+        frame = {"type": "chunk", "job_id": job["job_id"], "attempt": 1, "seq": 0, "text": "a"}
+        await worker.send(frame | {"delta": {"tool_calls": [{"index": 0, "x": deep}]}})
+        with pytest.raises(ConnectionClosed):
+            await worker.receive()
+    stream = router.core.jobs.hub.get(made["id"])
+    assert stream is None or not stream.all_deltas()
+
+
+async def test_models_that_nobody_serves_are_forgotten_one_day(router: Rig):
+    """Names cost nothing: each pop may bring fifty new ones."""
+    core = router.core
+    async with router.worker():
+        for start in range(0, MOST_KNOWN + 100, 100):
+            core.models.learn([ServedModel(id=f"m{start + n}") for n in range(100)])
+        assert len(core.models.known) <= MOST_KNOWN
+        assert (ModelKind.TEXT, MODEL) in core.models.known
+        listed = {facts.id: facts.workers for facts in core.models.facts()}
+        assert listed[MODEL] == 1 and listed[f"m{MOST_KNOWN + 99}"] == 0 and "m0" not in listed
+
+
+async def test_new_names_of_workers_have_a_limit_for_each_address(
+    tmp_path: Path, database_url: str
+):
+    """Each is kept for good, with a record of its own."""
+    async with running_rig(tmp_path, database_url, rate_limits="on") as router:
+        statuses: list[int] = []
+        for number in range(NEW_PER_MINUTE + 2):
+            bridge = KoboldCpp(router, "k" * 22, name=f"rig {number}")
+            reply = await router.http.post(
+                "/api/v2/generate/text/pop", json=bridge._pop, headers=bridge._headers
+            )
+            statuses.append(reply.status_code)
+        assert statuses.count(200) == NEW_PER_MINUTE and statuses[-1] == 429
+        # One that is known comes as often as before.
+        assert (await KoboldCpp(router, "k" * 22, name="rig 0").pop())["id"] is None
+
+
+async def test_passwords_that_are_new_have_a_limit_for_each_address(
+    tmp_path: Path, database_url: str
+):
+    """Each takes a core for a while, whether it is right or wrong."""
+    async with running_rig(tmp_path, database_url, rate_limits="on") as router:
+        worked = 0
+        last = 200
+
+        async def stretched(self: Passwords, name: str, password: str, *, before_work: Any):
+            nonlocal worked
+            before_work()
+            worked += 1
+            return b"o" * 32
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Passwords, "owner", stretched)
+            for number in range(KEY_FAILURES_PER_MINUTE + 5):
+                bridge = ClusterBridge(router, name="rig", password=f"password {number}")
+                last = (await router.http.post("/generate/pop", json=bridge._pop)).status_code
+        assert worked == KEY_FAILURES_PER_MINUTE and last == 429

@@ -17,9 +17,10 @@ from router import pull_records, text_workers
 from router.api.answers import answer, core_of
 from router.api.horde_client import satoshi
 from router.api.horde_errors import HordeRefusal, refusal
+from router.api.horde_workers import FACTS_PER_MINUTE
 from router.api.info import software_version
 from router.core import Core
-from router.errors import BadRequest
+from router.errors import BadRequest, TooManyRequests
 from router.models import ModelFacts
 from router.pull_records import Named
 from router.rate_limits import KEY_FAILURES_PER_MINUTE
@@ -75,6 +76,7 @@ async def models(request: Request) -> Response:
     """The models that are served, with their queues (AH-11); `type` is `image` unless it is said."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         query = request.query_params
         kind = query.get("type", "image")
         low, high = _count(request, "min_count"), _count(request, "max_count")
@@ -124,6 +126,7 @@ async def performance(request: Request) -> Response:
     """How busy the whole is (AH-12, KL-2)."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         queue = await _queue.get(core)
         here = await text_workers.text_workers(core)
         images = sum(f.workers for f in core.models.facts() if f.kind is ModelKind.IMAGE)
@@ -152,6 +155,10 @@ async def performance(request: Request) -> Response:
 async def heartbeat(request: Request) -> Response:
     """Whether this router is well (AH-16)."""
     core = core_of(request)
+    try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
+    except TooManyRequests as error:
+        return refusal(error, request)
     try:
         async with core.database.connection() as connection:
             queued = await connection.fetchval("select count(*) from jobs where state = 'queued'")
@@ -188,6 +195,7 @@ async def find_user(request: Request) -> Response:
     """Whose key this is: what it can spend, as `kudos`, and its workers (AH-15, KL-8)."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         return answer(await _user(core, request))
     except Exception as error:
         return refusal(error, request)

@@ -17,7 +17,7 @@ from router.api import payment
 from router.api.answers import answer, core_of, read_object
 from router.api.horde_client import satoshi
 from router.api.horde_errors import HordeRefusal, bad_key, refusal
-from router.api.kobold_worker import address_of, text_of, tokens_of
+from router.api.kobold_worker import address_of, count_new, text_of, tokens_of
 from router.core import Core
 from router.door_ids import Door
 from router.errors import BadRequest
@@ -52,7 +52,7 @@ async def pop(request: Request) -> Response:
         core.limiter.poll(request, "horde-pop", POPS_PER_MINUTE)
         owner_hash = _owner(request)
         offer = _offer(await read_object(request), owner_hash)
-        popped = await core.pull_gate.pop(offer)
+        popped = await core.pull_gate.pop(offer, on_new=lambda: count_new(core, request))
         return answer(_job(core, popped) if popped.given else _nothing(popped))
     except NotTheOwner:
         return refusal(_WRONG_OWNER, request)

@@ -23,6 +23,8 @@ from router.text_workers import TextWorker
 router = APIRouter(prefix="/api/v2", tags=["AI Horde"])
 
 MOST_INFO = 1000
+# Lists and sums over all workers are queries.
+FACTS_PER_MINUTE = 300
 
 
 @router.get("/workers")
@@ -30,6 +32,7 @@ async def workers(request: Request) -> Response:
     """The workers that were there in the last five minutes."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         if request.query_params.get("type", "text") not in ("text", ""):
             return answer([])
         name = request.query_params.get("name")
@@ -44,6 +47,7 @@ async def by_name(request: Request, name: str) -> Response:
     """One worker by its public name, also one that is away."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         if "\0" in name:
             raise _nobody(name)
         seen = [w for w in await text_workers.text_workers(core) if w.name == name]
@@ -60,6 +64,7 @@ async def by_id(request: Request, worker_id: str) -> Response:
     """One worker by its id, also one that is away."""
     core = core_of(request)
     try:
+        core.limiter.poll(request, "horde", FACTS_PER_MINUTE)
         return answer(_worker(await _find(core, worker_id)))
     except Exception as error:
         return refusal(error, request)

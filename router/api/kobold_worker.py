@@ -21,6 +21,8 @@ router = APIRouter(tags=["KoboldAI-cluster"])
 
 # KC-11 allows two a second for each address; here each worker at an address has its own.
 POPS_PER_MINUTE, POPS_FROM_ADDRESS = 120, 1200
+# Workers that come for the first time, from one address, at either door.
+NEW_PER_MINUTE = 60
 DEFAULT_LENGTH, DEFAULT_CONTEXT = 512, 2048
 MOST_TOKENS = 100_000_000
 _SKIPPED = {
@@ -40,11 +42,10 @@ async def pop(request: Request) -> Response:
     core = core_of(request)
     try:
         body = await read_object(request)
-        # A password that is new here takes some work to look at.
         core.limiter.poll(request, "kobold-pop", POPS_FROM_ADDRESS)
-        offer = await _offer(core, body)
+        offer = await _offer(core, request, body)
         core.limiter.poll(request, f"pop-{offer.name}", POPS_PER_MINUTE)
-        popped = await core.pull_gate.pop(offer)
+        popped = await core.pull_gate.pop(offer, on_new=lambda: count_new(core, request))
         if popped.given:
             (given,) = popped.given
             return answer({"id": given.id, "payload": given.payload})
@@ -58,18 +59,32 @@ async def pop(request: Request) -> Response:
         return refusal(error, request)
 
 
-async def _offer(core: Core, body: Mapping[str, Any]) -> Offer:
+async def _owner(core: Core, request: Request, name: str, password: str) -> bytes:
+    """Raises TooManyRequests: a password that is new here takes a core for a while to look at."""
+
+    def may_work() -> None:
+        core.limiter.poll(request, "kobold-password", KEY_FAILURES_PER_MINUTE)
+
+    return await core.pull_gate.passwords.owner(name, password, before_work=may_work)
+
+
+async def _offer(core: Core, request: Request, body: Mapping[str, Any]) -> Offer:
     name, password = text_of(body, "name"), text_of(body, "password", most=200)
     return Offer(
         door=Door.KOBOLD,
         name=name,
-        owner_hash=await core.pull_gate.passwords.owner(name, password),
+        owner_hash=await _owner(core, request, name, password),
         models=(text_of(body, "model", most=200),),
         max_length=tokens_of(body, "max_length", DEFAULT_LENGTH),
         context_length=tokens_of(body, "max_content_length", DEFAULT_CONTEXT),
         shown_as=username_of(body).partition("@")[0] or "anonymous",
         ln_url=address_of(body) or _address_in(username_of(body)),
     )
+
+
+def count_new(core: Core, request: Request) -> None:
+    """A name that nobody has is kept for good. Raises TooManyRequests."""
+    core.limiter.poll(request, "new workers", NEW_PER_MINUTE)
 
 
 def text_of(body: Mapping[str, Any], field: str, *, most: int = MAX_NAME) -> str:
@@ -123,7 +138,7 @@ async def submit(request: Request) -> Response:
         if held is None:
             return _over(core, given_id)
         name = held.session.offered.name
-        if await core.pull_gate.passwords.owner(name, password) != held.session.owner_hash:
+        if await _owner(core, request, name, password) != held.session.owner_hash:
             return _wrong(core, request, name)
         if await held.session.answered(held, text) is None:
             return _over(core, given_id)
