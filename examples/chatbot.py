@@ -57,7 +57,7 @@ class Chatbot:
         self._client = client
         self._options = options
         self._latest: deque[Message] = deque(maxlen=options.context)
-        self._label = " (simulated)" if client.info().simulated else ""
+        self.label = " (simulated)" if client.info().simulated else ""
         self.spent_msat = 0
 
     def hear(self, message: Message) -> None:
@@ -89,7 +89,7 @@ class Chatbot:
         self._latest.append(Message(self._options.name, stream.completion.text))
         charged_msat = stream.completion.charged_msat
         self.spent_msat += charged_msat
-        print(f"({charged_msat} msat{self._label})", file=sys.stderr)
+        print(f"charged {charged_msat} msat{self.label}", file=sys.stderr)
 
 
 def main() -> int:
@@ -121,7 +121,7 @@ def main() -> int:
                 bot.hear(parse_line(line))
             except SatherdError as error:
                 print(f"no reply: {error} [{error.code}]", file=sys.stderr)
-    print(f"spent {bot.spent_msat} msat", file=sys.stderr)
+    print(f"spent {bot.spent_msat} msat{bot.label}", file=sys.stderr)
     return 0
 
 

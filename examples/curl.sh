@@ -76,7 +76,7 @@ invoice="$(sed -E 's/.*invoice="([^"]+)".*/\1/' <<<"$challenge")"
 echo "402 Payment Required"
 echo "invoice ${invoice:0:60}…"
 
-step "4. Pay the invoice   POST /simulated/pay (a wallet's work, with real money)"
+step "4. Pay the invoice   POST /simulated/pay (with real money, this is what your wallet does)"
 python3 -c 'import json, sys; print(json.dumps({"invoice": sys.argv[1]}))' "$invoice" |
     curl -sS --fail-with-body "$router/simulated/pay" -H 'Content-Type: application/json' \
         --data-binary @- -o "$folder/paid.json"

@@ -90,10 +90,13 @@ def test_the_worked_example_of_money_md_is_what_the_code_reckons() -> None:
 
 
 def test_decisions_are_numbered_without_gaps() -> None:
-    numbers = [int(page.name[:4]) for page in sorted((DOCS / "decisions").glob("*.md"))]
-    assert numbers == list(range(1, len(numbers) + 1))
-    for page in (DOCS / "decisions").glob("*.md"):
-        assert page.read_text().startswith(f"# {int(page.name[:4])}. "), page.name
+    pages = sorted((DOCS / "decisions").glob("[0-9]*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    index = (DOCS / "decisions" / "README.md").read_text()
+    for page in pages:
+        number, _, title = page.read_text().partition("\n")[0].removeprefix("# ").partition(". ")
+        assert int(number) == int(page.name[:4]), page.name
+        assert f"{number}. [{title}]({page.name})" in index
 
 
 class _Loads(HTMLParser):

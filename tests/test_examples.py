@@ -139,7 +139,7 @@ def test_the_chatbot_replies_and_counts_what_it_spends(server):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"satherd> {ANSWER}\n" * 2
-    assert "spent 2020 msat" in result.stderr
+    assert "spent 2020 msat (simulated)" in result.stderr
     asked = [body["messages"] for _, _, body in server.seen("POST", "/quotes")]
     assert [message["content"] for message in asked[1][1:]] == [ANSWER, "and again"]
 
