@@ -139,12 +139,15 @@ async def test_openapi_holds_the_error_codes_and_the_ways_to_pay(router: Rig) ->
     codes = document["components"]["schemas"]["Problem"]["properties"]["error"]["properties"]
     assert codes["code"]["enum"] == list(STATUSES)
     ways = document["components"]["securitySchemes"]
-    assert set(ways) == {"key", "l402", "payment", "claim", "admin", "worker"}
+    assert set(ways) == {"key", "l402", "payment", "claim", "apikey", "admin", "worker"}
     assert document["paths"]["/admin/fees"]["put"]["security"] == [{"admin": []}]
     assert {"key": []} in document["paths"]["/v1/chat/completions"]["post"]["security"]
     assert "security" not in document["paths"]["/info"]["get"]
+    groups = {tag["name"] for tag in document["tags"] if tag["description"]}
     for path, methods in document["paths"].items():
         for operation in methods.values():
+            assert set(operation["tags"]) <= groups, path
+            assert operation["description"] and "(QB-" not in operation["description"], path
             assert "422" not in operation["responses"], path
             assert operation["responses"]["default"] == {"$ref": "#/components/responses/Problem"}
 

@@ -39,6 +39,7 @@ async def ban_worker(request: Request, worker_id: str) -> Response:
 
 @router.post("/workers/{worker_id}/unban")
 async def unban_worker(request: Request, worker_id: str) -> Response:
+    """Let a worker connect again that was banned."""
     await administration.unban(core_of(request), worker_id)
     return answer({"id": worker_id, "banned": False})
 

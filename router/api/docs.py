@@ -6,6 +6,7 @@ error codes, how requests are paid, and a body to copy for each request that has
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -132,6 +133,12 @@ _SECURITY = {
         "name": "X-Claim-Token",
         "description": "The `claim_token` that came with an invoice, for wallets that hide preimages.",
     },
+    "apikey": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "apikey",
+        "description": "A prepaid key, where AI Horde's clients send theirs; a worker's own secret.",
+    },
     "admin": {
         "type": "http",
         "scheme": "bearer",
@@ -144,6 +151,23 @@ _SECURITY = {
     },
 }
 _PAYER = ["key", "l402", "payment", "claim"]
+# The groups of the page, in its order, with what a reader should know of each.
+_TAGS = {
+    "prices": "What is sold, for how much, and how long it takes.",
+    "quotes and jobs": "Our own door: priced, paid, followed, raised, cancelled, receipted.",
+    "OpenAI": "For anything that speaks OpenAI's API; DecentralGPT's clients use these paths too.",
+    "DecentralGPT": "Chats by node or by project, and model servers that register as workers. The"
+    " status of nearly every error is 500, as a node of that system has it; `code` says what.",
+    "KoboldAI-cluster": "Prompts whose answers are asked for by an id, and workers that poll.",
+    "AI Horde": "Its API v2 for texts, for clients and for workers. Kudos are satoshi.",
+    "GridRepublic": "Jobs for several inputs and models, asked for by ids that open them.",
+    "Llama-Herder": "Its messages, as JSON over HTTP.",
+    "balance": "Prepaid keys, top-ups, and money taken out again.",
+    "workers": "For a worker, by its own key; and who is connected, as QueenBee tells it.",
+    "admin": "For the operator.",
+    "operations": "Health, metrics, published keys.",
+    "simulated money": "The payer of the simulated Lightning network. Not on a router with real money.",
+}
 # tag -> what opens its operations; paid ones answer 402 to whoever brings nothing.
 _OPENED_BY = {
     "quotes and jobs": _PAYER,
@@ -154,7 +178,11 @@ _OPENED_BY = {
     "admin": ["admin"],
     "workers": ["worker"],
     "DecentralGPT": [*_PAYER, "worker"],
+    "KoboldAI-cluster": ["apikey", *_PAYER],
+    "AI Horde": ["apikey", *_PAYER],
 }
+# Where a rule of another system is kept is for who reads the code.
+_RULE_IDS = re.compile(r" \((?:[A-Z]{2}-[A-Z]?\d+(?:, )?)+\)")
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -215,6 +243,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
         {"code": code, "status": status, "meaning": meaning}
         for code, (status, meaning) in STATUSES.items()
     ]
+    document["tags"] = [{"name": name, "description": text} for name, text in _TAGS.items()]
     parts = document.setdefault("components", {})
     parts["securitySchemes"] = _SECURITY
     parts.setdefault("schemas", {})["Problem"] = _problem_schema()
@@ -229,6 +258,8 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
         for method, operation in methods.items():
             # Nothing here is checked by FastAPI, so its own error never comes.
             operation["responses"].pop("422", None)
+            if "description" in operation:
+                operation["description"] = _RULE_IDS.sub("", operation["description"])
             operation["responses"]["default"] = {"$ref": "#/components/responses/Problem"}
             ways = [way for tag in operation.get("tags", []) for way in _OPENED_BY.get(tag, [])]
             if ways:

@@ -83,6 +83,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model:path}")
 async def get_model(request: Request, model: str) -> Response:
+    """One of them."""
     core = core_of(request)
     for facts in core.models.facts():
         if facts.id == model:

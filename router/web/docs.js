@@ -27,6 +27,7 @@ function curl(method, path, operation, example) {
   const ways = (operation.security || []).map((way) => Object.keys(way)[0]);
   const bearer = { key: "sk-…", admin: "ADMIN_TOKEN", worker: "WORKER_KEY" }[ways[0]];
   if (bearer) lines.push(`-H 'Authorization: Bearer ${bearer}'`);
+  if (ways[0] === "apikey") lines.push("-H 'apikey: sk-…'");
   if (example) {
     lines.push("-H 'Content-Type: application/json'");
     lines.push(`-d '${JSON.stringify(example, null, 1).replaceAll("'", "'\\''")}'`);
@@ -61,7 +62,7 @@ function section(id, title, content) {
 function draw(api) {
   document.getElementById("title").textContent = `${api.info.title} ${api.info.version}`;
   document.getElementById("about").append(...prose(api.info.description));
-  const byTag = new Map();
+  const byTag = new Map(api.tags.map((tag) => [tag.name, [make("p", prose(tag.description))]]));
   for (const [path, methods] of Object.entries(api.paths)) {
     for (const method of METHODS.filter((name) => name in methods)) {
       const tag = methods[method].tags?.[0] || "other";
@@ -75,7 +76,7 @@ function draw(api) {
   const codes = api["x-error-codes"].map((e) => [e.code, String(e.status), prose(e.meaning)]);
   document.getElementById("main").replaceChildren(
     section("paying", "paying", [table(["way", "header", "what it is"], paying)]),
-    ...[...byTag].map(([tag, operations]) => section(`tag-${tag.replace(/\W+/g, "-")}`, tag, operations)),
+    ...[...byTag].filter(([, parts]) => parts.length > 1).map(([tag, operations]) => section(`tag-${tag.replace(/\W+/g, "-")}`, tag, operations)),
     section("errors", "errors", [
       make("p", prose('Our own doors answer `{"error": {"code", "message", …facts}}`; the doors of'
         + " other dialects render the same codes in their own shape.")),
