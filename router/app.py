@@ -70,7 +70,7 @@ from router.api import receipts as receipt_doors
 from router.api import workers as worker_doors
 from router.api.middleware import BodyLimit, Cors, PaymentReceipt
 from router.api.shortcut import Shortcut
-from router.api.unknown_paths import no_such_door
+from router.api.unknown_paths import in_dialect, no_such_door
 from router.asks import Asks
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
@@ -192,7 +192,7 @@ class _App(FastAPI):
         # Outside of the framework's own layers: each of them would wrap every token that is sent.
         shortcut = Shortcut(super().build_middleware_stack(), handlers=openai.HANDLERS)
         paid = PaymentReceipt(shortcut)
-        return Cors(BodyLimit(paid, max_bytes=self._max_body_bytes))
+        return Cors(BodyLimit(paid, max_bytes=self._max_body_bytes, body_of=in_dialect))
 
 
 @asynccontextmanager

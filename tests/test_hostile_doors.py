@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from router.api.kobold_worker import NEW_PER_MINUTE
@@ -15,7 +18,7 @@ from router.pull_records import Passwords
 from router.rate_limits import KEY_FAILURES_PER_MINUTE
 from tests.poll_tools import HORDE_PROMPT, apikey
 from tests.pull_stand_ins import ClusterBridge, KoboldCpp
-from tests.router_rig import MODEL, Rig, running_rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
 from worker.protocol import ModelKind, ServedModel
 
 
@@ -211,3 +214,34 @@ async def test_passwords_that_are_new_have_a_limit_for_each_address(
                 bridge = ClusterBridge(router, name="rig", password=f"password {number}")
                 last = (await router.http.post("/generate/pop", json=bridge._pop)).status_code
         assert worked == KEY_FAILURES_PER_MINUTE and last == 429
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/api/v2/generate/text/async", {"message", "rc"}),
+        ("/generate/prompt", {"message", "code"}),
+        ("/remotejobs/v2/jobs", {"success", "error", "code"}),
+        ("/herder", {"Action", "X-Reason", "error"}),
+        ("/api/v0/chat/completion", {"code", "message"}),
+        ("/v1/chat/completions", {"error", "code", "message"}),
+    ],
+)
+async def test_what_no_door_reads_is_refused_in_its_dialect(router: Rig, path: str, keys: set[str]):
+    """A body that is too large, a method that is none."""
+    large = await router.http.post(path, content=b"x" * (router.core.settings.max_body_bytes + 1))
+    other = await router.http.put(path)
+    assert (large.status_code, other.status_code) == (413, 405)
+    for reply in (large, other):
+        assert keys <= set(reply.json()), reply.text
+    if "error" in keys and path.startswith("/v1"):
+        assert large.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_registration_that_is_too_long_is_refused(router: Rig):
+    """Sockets take large frames, for pictures; of a registration every word would be kept."""
+    async with connect(router.url.replace("http", "ws") + "/worker", max_size=None) as socket:
+        cards = [{"name": "x" * 100}] * 20_000
+        await socket.send(json.dumps({"worker_key": "k" * 32, "nv_gpus": cards}))
+        answer = json.loads(await asyncio.wait_for(socket.recv(), PATIENCE_S))
+    assert (answer["type"], answer["code"]) == ("refused", "bad_registration")

@@ -116,11 +116,21 @@ class Cors:
 
 
 class BodyLimit:
-    """413 for bodies over the limit, whether they say their length or not."""
+    """413 for bodies over the limit, whether they say their length or not.
 
-    def __init__(self, app: App, *, max_bytes: int) -> None:
+    `body_of` says it as the door of a path does.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_bytes: int,
+        body_of: Callable[[str, Problem], Any] = lambda path, problem: problem.as_json(),
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._body_of = body_of
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,7 +140,7 @@ class BodyLimit:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
             await _discard(receive)
-            await self._refuse(send)
+            await self._refuse(scope["path"], send)
             return
         if b"transfer-encoding" not in headers:
             # The server reads no more than was said, and tokens are sent without a detour.
@@ -161,15 +171,15 @@ class BodyLimit:
             if refused:
                 if unread:
                     await _discard(receive)
-                await self._refuse(send)
+                await self._refuse(scope["path"], send)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, path: str, send: Send) -> None:
         problem = Problem(
             "body_too_large",
             f"the body is over {self._max_bytes} bytes",
             {"max_bytes": self._max_bytes},
         )
-        body = orjson.dumps(problem.as_json())
+        body = orjson.dumps(self._body_of(path, problem))
         await send(
             {
                 "type": "http.response.start",

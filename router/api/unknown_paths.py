@@ -1,6 +1,7 @@
-"""Unknown paths and wrong methods, in the dialect of the door that the path belongs to.
+"""Unknown paths, wrong methods and bodies over the limit, in the dialect of the door that the path
+belongs to.
 
-The web framework refuses these before any door sees them.
+These are refused before any door sees them.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ _DIALECTS: tuple[tuple[str, Callable[[Problem], Any]], ...] = (
 )
 
 
+def in_dialect(path: str, problem: Problem) -> Any:
+    """An error as the door of a path says it."""
+    within = f"{path}/"
+    say = next((say for door, say in _DIALECTS if within.startswith(f"{door}/")), Problem.as_json)
+    return say(problem)
+
+
 def no_such_door(request: Request, error: Exception) -> Response:
     """The answer, with the status and the headers (`Allow`) that the framework gives it."""
     assert isinstance(error, HTTPException)
     problem = Problem(_CODES.get(error.status_code, "bad_request"), str(error.detail), {})
-    path = request.url.path + "/"
-    in_dialect = next(
-        (say for door, say in _DIALECTS if path.startswith(f"{door}/")), Problem.as_json
-    )
     headers = {**problem.headers, **(error.headers or {})}
-    return answer(in_dialect(problem), status=error.status_code, headers=headers)
+    body = in_dialect(request.url.path, problem)
+    return answer(body, status=error.status_code, headers=headers)

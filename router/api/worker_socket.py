@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 router = APIRouter()
 REGISTRATION_S = 20.0
+# Frames with pictures are larger; what a worker says of itself is kept in its record.
+REGISTRATION_BYTES = 1 << 20
 QUEENBEE_PAUSE_S = 5.0
 # RFC 6455 and the IANA registry: policy violation, internal error, try again later.
 POLICY, INTERNAL, LATER = 1008, 1011, 1013
@@ -78,7 +80,10 @@ async def worker(socket: WebSocket) -> None:
 async def _first_frame(socket: WebSocket) -> Any:
     try:
         async with asyncio.timeout(REGISTRATION_S):
-            return orjson.loads(await _receive(socket))
+            frame = await _receive(socket)
+        if len(frame) > REGISTRATION_BYTES:
+            raise RefusedWorker("bad_registration", "the registration is too long")
+        return orjson.loads(frame)
     except TimeoutError:
         raise ProtocolViolation("no registration came") from None
     except orjson.JSONDecodeError:
