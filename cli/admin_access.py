@@ -14,6 +14,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cli.router_location import data_dir, find_router_url
 
@@ -58,14 +59,14 @@ class Access:
     def delete(self, path: str) -> dict[str, Any]:
         return self._ask("DELETE", path)
 
-    def show(self, answer: dict[str, Any], *parts: Table | str) -> None:
+    def show(self, answer: dict[str, Any], *parts: Table | Text | str) -> None:
         """The answer as JSON if that was asked for, else what a person wants to see of it."""
         if self.as_json:
             typer.echo(json.dumps(answer))
             return
         console = screen()
         for part in parts:
-            console.print(part)
+            console.print(plain(part) if isinstance(part, str) else part)
 
     def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         token = find_token(self.token, data_dir(self.directory))
@@ -133,8 +134,14 @@ def table(title: str | None, heads: Sequence[str], rows: Iterable[Sequence[Any]]
         right = bool(numbers) and all(isinstance(value, int | float) for value in numbers)
         made.add_column(head, justify="right" if right else "left", overflow="fold")
     for row in listed:
-        made.add_row(*("" if value is None else str(value) for value in row))
+        made.add_row(*(plain("" if value is None else str(value)) for value in row))
     return made
+
+
+def plain(text: str) -> Text:
+    """A text as it is: strangers name workers and models, and their names may hold rich's markup, or
+    codes that steer a terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
 
 
 def segment(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from cli.admin_access import Access, fail, segment, table
 from cli.admin_work import Id, Reason, payouts_app
@@ -46,7 +47,7 @@ def _show(access: Access) -> None:
         "",
         table(None, ("the node's side", "msat"), facts),
         *([f"the node did not say what it holds: {node['error']}"] if node["error"] else []),
-        *(f"[red]not in order:[/red] {problem}" for problem in answer["problems"]),
+        *(Text(f"not in order: {problem}", style="red") for problem in answer["problems"]),
     )
     if not answer["in_order"]:
         raise typer.Exit(1)

@@ -271,3 +271,14 @@ async def test_checks_are_added_listed_bought_and_removed(router: Rig, command: 
     for prompt in shown["prompts"]:
         assert (await command("checks", "remove", prompt["id"]))[1].strip() == "removed"
     assert (await as_json(command, "checks", "list"))["prompts"] == []
+
+
+async def test_a_worker_s_name_neither_breaks_a_list_nor_steers_the_terminal(
+    router: Rig, command: Admin
+) -> None:
+    """Strangers name themselves and their models: "[/x]" is rich's markup, ESC a terminal's."""
+    models = [{"id": "[/x] [red]m\x1b[2J", "kind": "text", "context_length": 2048}]
+    async with router.worker(models=models):
+        status, out, err = await command("workers", "list")
+    assert status == 0, err
+    assert "[/x] [red]m\\x1b[2J" in out and "\x1b" not in out
