@@ -9,12 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from router.demands import read_version
+from router.demands import of_conditions, read_version
 from router.errors import BadRequest
 from worker.protocol import Conditions
 
 LONGEST_S = 86_400.0
 MOST_CAPABILITIES = 20
+# PostgreSQL's B-trees hold 2704 bytes; the name of a model may have 800 of them.
+MOST_PREFIX = 1500
 _KEYS = {"min_version", "capabilities", "pubkey", "worker_id", "slug", "user_id"}
 
 
@@ -27,7 +29,11 @@ def read_conditions(body: Mapping[str, Any]) -> Conditions | None:
     token_s = _seconds(body, "ft_timeout")
     facts["token_s"] = token_s if body.get("stream") is True else None
     asked = {name: value for name, value in facts.items() if value not in (None, [])}
-    return Conditions(**asked) if asked else None
+    conditions = Conditions(**asked) if asked else None
+    if conditions is not None and len(of_conditions(conditions).prefix) > MOST_PREFIX:
+        # It is a part of the name of a lane, which an index must hold.
+        raise BadRequest("gpu_filter is too long", param="gpu_filter")
+    return conditions
 
 
 def _filter(wanted: Any) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def of_job(spec: str) -> Demand:
     """What a job demands, from its spec as it is stored."""
     conditions = conditions_of(spec)
     large = len(spec) > _SURELY_SMALL and len(spec.encode()) >= LARGE_BYTES
-    return _demand(conditions, large=large)
+    return of_conditions(conditions, large=large)
 
 
 def conditions_of(spec: str) -> Conditions | None:
@@ -129,10 +129,11 @@ def of_spec(spec: JobSpec) -> Demand:
     large = False
     if _characters(spec) > _SURELY_SMALL:
         large = len(spec.model_dump_json(exclude_none=True).encode()) >= LARGE_BYTES
-    return _demand(spec.conditions, large=large)
+    return of_conditions(spec.conditions, large=large)
 
 
-def _demand(conditions: Conditions | None, *, large: bool) -> Demand:
+def of_conditions(conditions: Conditions | None, *, large: bool = False) -> Demand:
+    """What conditions demand of a worker."""
     if conditions is None:
         return Demand(large=True) if large else NONE
     return Demand(

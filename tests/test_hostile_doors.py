@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,36 @@ async def test_a_registration_that_is_too_long_is_refused(router: Rig):
         await socket.send(json.dumps({"worker_key": "k" * 32, "nv_gpus": cards}))
         answer = json.loads(await asyncio.wait_for(socket.recv(), PATIENCE_S))
     assert (answer["type"], answer["code"]) == ("refused", "bad_registration")
+
+
+@pytest.mark.parametrize("character", ["\u4e00", "\x01", "x"], ids=["wide", "control", "plain"])
+async def test_a_filter_that_no_index_holds_is_refused_before_anything_is_paid(
+    router: Rig, character: str
+):
+    """Its words are a part of the lane's name. The invoice of such a job was paid and never credited:
+    queueing it failed in the transaction of the credit."""
+    capabilities = [f"{n:02}" + character * 98 for n in range(20)]
+    body = {"kind": "completion", "model": MODEL, "prompt": "hello", "max_tokens": 5}
+    body["gpu_filter"] = {"capabilities": capabilities}
+    async with router.worker():
+        reply = await router.http.post("/jobs", json=body, headers={"X-Max-Wait-S": "60"})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "gpu_filter"
+
+
+async def test_the_longest_filter_and_name_are_bought_like_any_other(router: Rig):
+    # Of words that nothing makes shorter: an index is compressed where it can be.
+    words = [
+        "".join(random.Random(n).choices("abcdefghijklmnop0123456789", k=95)) for n in range(8)
+    ]
+    name = "".join(map(chr, random.Random(9).choices(range(0x20000, 0x2A000), k=200)))
+    body = {"kind": "completion", "model": name, "prompt": "hello", "max_tokens": 5}
+    body["gpu_filter"] = {"capabilities": words, "user_id": "u" * 100}
+    async with router.worker(models=[{"id": name, "kind": "text", "context_length": 2048}]):
+        due = await router.http.post("/jobs", json=body, headers={"X-Max-Wait-S": "60"})
+        assert due.status_code == 402, due.text
+        await router.pay(due.json()["invoice"])
+        async with asyncio.timeout(PATIENCE_S):
+            while not await router.query("select 1 from jobs where state = 'queued'"):
+                await asyncio.sleep(0.02)
+    (queued,) = await router.query("select octet_length(lane) as bytes from queue")
+    assert queued["bytes"] > 1800
