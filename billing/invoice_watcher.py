@@ -36,6 +36,19 @@ def next_check(
     return next((expires_at + late for late in LATE_CHECKS if expires_at + late > now), None)
 
 
+# What PostgreSQL refuses for the values it is given, whenever it is asked (classes of SQLSTATE).
+_ALWAYS = frozenset({"22", "23", "42", "54"})
+
+
+def _fails_always(error: Exception) -> bool:
+    """Whether it is of no use to try again: not so when a connection broke, or two were in each other's
+    way."""
+    state = getattr(error, "sqlstate", None)
+    if state is not None:
+        return state[:2] in _ALWAYS
+    return isinstance(error, ValueError | TypeError | LookupError | AssertionError | RecursionError)
+
+
 OnCredit = Callable[[Any, Credit], Awaitable[Callable[[], None] | None]]
 
 
@@ -121,6 +134,9 @@ class InvoiceWatcher:
                 dead = await self._sweep(row["payment_hash"], row["expires_at"])
             except BackendError as error:
                 log.warning("invoice not checked payment_hash=%s: %s", row["payment_hash"], error)
+            except Exception:
+                # The others must not wait for it.
+                log.exception("invoice not checked payment_hash=%s", row["payment_hash"])
             now = self._clock()
             again_at = next_check(now, row["created_at"], row["expires_at"], pushed=self.pushed)
             async with self._transaction() as connection:
@@ -157,7 +173,7 @@ class InvoiceWatcher:
                 joined_at=self.joined_at,
             )
             if isinstance(credit, Credit):
-                after = await self._on_credit(connection, credit)
+                after = await self._start(connection, credit)
             if cursor is not None:
                 await connection.execute(
                     "insert into node_cursors (backend, cursor) values ($1, $2)"
@@ -176,6 +192,22 @@ class InvoiceWatcher:
         if after is not None:
             after()
         return credit is not None
+
+    async def _start(self, connection: Any, credit: Credit) -> Callable[[], None] | None:
+        """Start what a payment is for. What cannot be started, now or ever, leaves the money with its
+        payer: an invoice that is never credited would hold up all that are settled after it."""
+        try:
+            async with connection.transaction():
+                return await self._on_credit(connection, credit)
+        except Exception as error:
+            if not _fails_always(error):
+                raise
+            log.exception(
+                "a payment is credited and starts nothing purpose=%s reference=%s",
+                credit.purpose.value,
+                credit.reference,
+            )
+            return None
 
     async def _stream_for_ever(self) -> None:
         pause_s = 0.1

@@ -8,10 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from billing import ledger
 from router.api.kobold_worker import NEW_PER_MINUTE
 from router.dispatcher import MOST_PROBES
 from router.models import MOST_KNOWN
@@ -279,3 +281,39 @@ async def test_the_longest_filter_and_name_are_bought_like_any_other(router: Rig
                 await asyncio.sleep(0.02)
     (queued,) = await router.query("select octet_length(lane) as bytes from queue")
     assert queued["bytes"] > 1800
+
+
+@pytest.mark.parametrize(
+    "fault", [asyncpg.ProgramLimitExceededError("too long"), KeyError("x")], ids=["sql", "ours"]
+)
+async def test_a_payment_that_can_start_nothing_is_its_payer_s_and_holds_up_nobody(
+    router: Rig, monkeypatch: pytest.MonkeyPatch, fault: Exception
+):
+    body = {"kind": "completion", "model": MODEL, "prompt": "hello", "max_tokens": 5}
+    start = router.core.quotes.on_credit
+    async with router.worker():
+        due = [(await router.http.post("/jobs", json=body)).json() for _ in range(2)]
+        bad = due[0]["quote"]["quote_id"]
+
+        async def on_credit(connection: Any, credit: Any) -> list[str]:
+            jobs = await start(connection, credit)
+            if credit.reference == bad:
+                raise fault
+            return jobs
+
+        monkeypatch.setattr(router.core.quotes, "on_credit", on_credit)
+        for one in due:
+            await router.pay(one["invoice"])
+        async with asyncio.timeout(PATIENCE_S):
+            while len(await router.query("select 1 from invoices where state = 'paid'")) < 2:
+                await asyncio.sleep(0.02)
+    states = await router.query("select quote_id, state from jobs")
+    assert {row["quote_id"]: row["state"] for row in states}[bad] == "awaiting_payment"
+    books = await router.books()
+    assert books.in_order
+    (account,) = await router.query("select account_id from jobs where quote_id = $1", bad)
+    (balance,) = await router.query(
+        "select balance_msat from ledger_balances where account = $1",
+        ledger.client(account["account_id"]),
+    )
+    assert balance["balance_msat"] > 0
