@@ -99,6 +99,10 @@ class FarJobs:
         if self._others() and time.monotonic() - self._looked_at > every_s:
             self._looked_at = time.monotonic()
             wanted = [stream.job_id for stream in far]
+            # Readers may leave before the end, and the bus may lose the word of it.
+            self._lengths = {
+                job_id: self._lengths[job_id] for job_id in wanted if job_id in self._lengths
+            }
         else:
             wanted = [job_id for job_id in self._soon if self._hub.get(job_id) is not None]
         self._soon.clear()

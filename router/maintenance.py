@@ -176,7 +176,8 @@ class Maintenance:
         runs.
 
         A claim whose commit we did not hear of, because the database went away in that moment, was
-        never sent to its worker.
+        never sent to its worker. A router that is there renews its leases when it can and takes back
+        what is its own: those of all run out while the database is away, or by a clock that is wrong.
         """
         unsent = await self._take_back(
             f"started_at < now() - interval '{UNSENT_S} seconds' and router_id = $1",
@@ -184,15 +185,22 @@ class Maintenance:
         )
         lost = self._presence.lost()
         dead = await self._take_back("router_id = any($1::text[])", lost) if lost else 0
-        return unsent + dead + await self._take_back("lease_ends_at < $1", self._clock())
+        expired = await self._take_back(
+            "lease_ends_at < $1 and router_id <> all($3::text[])",
+            self._clock(),
+            self._presence.alive(),
+        )
+        return unsent + dead + expired
 
-    async def _take_back(self, condition: str, value: Any) -> int:
+    async def _take_back(self, condition: str, *values: Any) -> int:
+        value, *more = values
         async with self._database.connection() as connection:
             rows = await connection.fetch(
                 f"select * from jobs where state = 'running' and {condition}"
                 f" and id <> all($2::text[]) limit {_BATCH}",
                 value,
                 list(self._attempts.running),
+                *more,
             )
         # What has begun while we looked is not lost.
         lost = [row for row in rows if row["id"] not in self._attempts.running]

@@ -7,7 +7,8 @@ STALE_S counts as gone, and so do its workers, until it does; after LOST_S what 
 jobs are taken back, and the clients that were connected to it have gone (`router.maintenance`).
 
 Time is measured by this router's own clock from one sign of life to the next, so that clocks need
-not agree; while the database is away nobody is thought to be silent.
+not agree; while the database is away, or we have not looked for other reasons, nobody is thought to be
+silent: a router that has only clients, and no workers, is not lost for that either.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SAY_S = 1.0
 GATHER_S = 0.02
 STALE_S = 8.0
 LOST_S = 20.0
+# Who has not looked for so long himself cannot say that others are silent.
+BLIND_S = 3 * WRITE_S
 # So many workers are named: whether a job has been tried by all of them matters only for a few.
 MOST_NAMED = 8
 
@@ -70,6 +73,7 @@ class Presence:
         self._relay = relay
         self._router_id = router_id
         self._peers: dict[str, Peer] = {}
+        self._looked_at = float("-inf")
         self._changed = asyncio.Event()
         self._noted: set[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -97,12 +101,19 @@ class Presence:
         """
         if router_id == self._router_id:
             return False
-        peer = self._peers.setdefault(router_id, Peer(time.monotonic()))
-        return _silent_s(peer) > LOST_S
+        self._peers.setdefault(router_id, Peer(time.monotonic()))
+        return router_id in self.lost()
 
     def lost(self) -> list[str]:
         """The routers that were there and are lost."""
+        if time.monotonic() - self._looked_at > BLIND_S:
+            return []
         return [name for name, peer in self._peers.items() if _silent_s(peer) > LOST_S]
+
+    def alive(self) -> list[str]:
+        """The other routers that are there, as far as we know, and look after their own jobs."""
+        lost = set(self.lost())
+        return [name for name in self._peers if name not in lost]
 
     def start(self) -> None:
         self._tasks = [
@@ -183,10 +194,12 @@ class Presence:
                 self._learn(router_id, peer, [])
             if router_id in gone and _silent_s(peer) > 10 * LOST_S:
                 del self._peers[router_id]
+        self._looked_at = time.monotonic()
 
     def _think_all_alive(self) -> None:
+        """All that were alive when we looked last."""
         for peer in self._peers.values():
-            if peer.workers:
+            if peer.workers or peer.alive_at > self._looked_at - STALE_S:
                 peer.alive_at = time.monotonic()
 
     async def _note_workers(self, connection: Any) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -19,6 +21,7 @@ import pytest
 
 from billing.trial_balance import trial_balance
 from router import presence
+from router.database import DatabaseUnavailable
 from tests.conftest import url_of
 from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
 from tests.nats_tools import NatsServer
@@ -301,4 +304,68 @@ async def test_what_hung_on_a_lost_router_is_taken_back_or_cancelled(
             ]["state"] == "queued"
 
         await until(settled)
+    assert (await router.books()).in_order
+
+
+async def test_a_router_that_has_only_clients_is_not_lost_with_the_database(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a bus its row is its only sign of life, and nobody can write one meanwhile: its
+    clients are still there, and so are the jobs that they wait for (§3.5)."""
+    now_s, looks = time.monotonic(), 0
+    monkeypatch.setattr(presence, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(presence, "WRITE_S", 0.02)
+    here = router.core.presence
+
+    class Away:
+        def connection(self) -> Any:
+            nonlocal looks
+            looks += 1
+            raise DatabaseUnavailable("away")
+
+    async def looked() -> bool:
+        return looks > before
+
+    router.core.relay.on_hello("front", [[], {}])
+    await here.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "_database", Away())
+        for _ in range(4):
+            now_s, before = now_s + presence.LOST_S / 2, looks
+            assert here.lost() == []
+            await until(looked)
+    await here.turn()
+    assert not here.is_lost("front")
+
+    async def lost() -> bool:
+        nonlocal now_s
+        now_s += presence.LOST_S + 1
+        await here.turn()
+        return here.is_lost("front")
+
+    await until(lost)
+
+
+async def test_leases_that_ran_out_while_the_database_was_away_cost_nobody_an_answer(router: Rig):
+    """Nobody could renew one. A router that is there looks after its jobs itself; what no router
+    that we know of has is taken back."""
+    key = await router.bearer()
+    ask = {"kind": "chat", "model": "test-model", "messages": ASK["messages"], "max_tokens": 20}
+    async with router.worker(slots=1):
+        router.core.dispatcher.paused = True
+        for at in ("other", "never heard of"):
+            made = await router.http.post("/jobs", json=ask, headers=key)
+            await router.query(
+                "with gone as (delete from queue where job_id = $1)"
+                " update jobs set state = 'running', attempt = 1, router_id = $2, worker_id = 'x',"
+                " started_at = now(), commission_ppm = 0,"
+                " lease_ends_at = now() + interval '1 hour' where id = $1",
+                made.json()["jobs"][0]["id"],
+                at,
+            )
+        router.core.relay.on_hello("other", [[], {}])
+        await router.query("update jobs set lease_ends_at = now() - interval '1 minute'")
+        await router.core.maintenance.take_back_lost()
+        rows = await router.query("select state, router_id from jobs where state = 'running'")
+        assert [row["router_id"] for row in rows] == ["other"]
     assert (await router.books()).in_order
