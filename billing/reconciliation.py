@@ -124,7 +124,8 @@ class Reconciler:
         async with self._transaction() as connection:
             joined = await joined_at(connection, node.pubkey, now=now)
             before = await reconciled_at(connection, node.pubkey)
-        since = max(joined, (before or joined) - OVERLAP)
+        # A clock that was ahead must not hide what was done since.
+        since = max(joined, min(before or joined, now) - OVERLAP)
         receipts = await self._receipts(since)
         foreign = await self._payments(node, since, now)
         await self._ends()

@@ -44,7 +44,8 @@ class Candidate:
 
 _ADD = """
 insert into queue (job_id, lane, multiplier_milli, seq)
-select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])"""
+select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
+on conflict do nothing"""
 
 _HEADS = """
 select h.job_id, h.lane, h.multiplier_milli, h.seq, j.prefix,
@@ -58,7 +59,14 @@ from (select q.* from unnest($1::text[], $3::bigint[]) l(lane, floor) cross join
 join jobs j on j.id = h.job_id and j.state = 'queued'
 order by h.multiplier_milli desc, h.seq"""
 
+# All rows of the job, so that the change names its lanes together. A claim at the same time goes after
+# rows that are updated; of those that come new it would not know.
 _MOVE = """
+update queue set lane = case when lane = $2 then $3 else lane end
+where job_id = $1 and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2)
+    and not exists (select 1 from queue q where q.job_id = $1 and q.lane = $3)"""
+
+_MERGE = """
 with gone as (
     delete from queue where job_id = $1
     and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2) returning *)
@@ -142,7 +150,9 @@ async def reprice(connection: Any, job_id: str, multiplier_milli: int) -> None:
 
 async def move(connection: Any, job_id: str, from_lane: str, to_lane: str) -> None:
     """Let a waiting job wait in another lane, unless it has been claimed meanwhile."""
-    await connection.execute(_MOVE, job_id, from_lane, to_lane)
+    if await connection.execute(_MOVE, job_id, from_lane, to_lane) == "UPDATE 0":
+        # It waits in the other lane already, or not at all.
+        await connection.execute(_MERGE, job_id, from_lane, to_lane)
 
 
 async def move_waiting(connection: Any, moves: Sequence[tuple[str, str, str]]) -> None:

@@ -5,6 +5,7 @@
              unpaid quotes and waits that are over; write the workers' records; move waiting jobs to
              finer lanes
     minutes  wipe texts; forget old idempotency keys, and changes of the queue
+    hours    forget what was noted of workers long ago
 
 Every step may run on several routers at once: guards in the statements make a second time harmless.
 """
@@ -98,6 +99,7 @@ class Maintenance:
             ),
             (5.0, [self._orphans.cancel_left_behind, self.keep_records, self.finer_lanes]),
             (10.0, [self.wipe, self.forget_queue_changes]),
+            (3600.0, [self.prune]),
         ]
         self._tasks = [
             asyncio.create_task(self._every(period_s, steps), name=f"maintenance-{period_s}")
@@ -227,6 +229,9 @@ class Maintenance:
             payable = await connection.fetchval(
                 "select ln_url is not null from payees where id = $1", claimed.worker_id
             )
+        if claimed.job_id in self._attempts.running:
+            # Its worker has just brought it here, and goes on with it.
+            return
         if not (row["shown"] and said):
             if row["cancel_reason"]:
                 await self._attempts.end(
@@ -424,6 +429,10 @@ class Maintenance:
         """Delete what every router has seen of who came to the queue and left it."""
         async with self._database.connection() as connection:
             await job_queue.forget_changes(connection)
+
+    async def prune(self) -> None:
+        """Delete what was noted of workers long ago."""
+        await self._attempts.reputation.prune(self._clock())
 
     async def wipe(self) -> None:
         """Delete prompts and answers whose time is over; the money records stay."""

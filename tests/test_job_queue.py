@@ -159,6 +159,41 @@ async def test_a_job_that_is_taken_while_it_is_moved_waits_nowhere(
         assert await job_queue.length(connection) == (0 if taken else 1)
 
 
+async def test_a_job_that_was_left_in_a_lane_can_be_given_back(database: Database):
+    """Whatever left it there: else nobody could ever end it, and its escrow would stay."""
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (job_id,) = await _queue(connection, account_id, 1000)
+        assert await claim(connection, job_id, "w1")
+        await job_queue.add(connection, [(job_id, LANE, 1000, 1)])
+        back = GiveBack(job_id, 1, LANE, "lost", "worker")
+        assert await job_store.give_back_many(connection, [back]) == [True]
+        assert await _order(connection) == [job_id]
+
+
+async def test_a_claim_goes_after_a_job_whose_move_it_did_not_see(database: Database):
+    """The move is committed after the claim has looked: it is one row still, and not a new one."""
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        (job_id,) = await _queue(connection, account_id, 1000)
+
+    async def claimed() -> bool:
+        async with database.transaction() as connection:
+            return await claim(connection, job_id, "w1") is not None
+
+    async with database.transaction() as connection:
+        await job_queue.move(connection, job_id, LANE, "there")
+        claiming = asyncio.create_task(claimed())
+        async with database.connection() as looking:
+            while not claiming.done() and not await looking.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0.01)
+    assert await claiming
+    async with database.connection() as connection:
+        assert await job_queue.length(connection) == 0
+
+
 async def test_adding_nothing_is_harmless(database: Database):
     async with database.transaction() as connection:
         await job_queue.add(connection, [])

@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 from billing.fees import Rates
+from router.api.purchase import brings_key
 from tests.door_tools import CHAT, RATES, balance_msat, code, set_rates, until_state
 from tests.router_rig import Rig
 
@@ -211,3 +213,17 @@ async def test_a_failed_job_is_refunded_and_the_credential_keeps_the_money(route
         assert await balance_msat(router, proof) == due["amount_msat"]
         await worker.nothing()
     assert (await router.books()).in_order
+
+
+@pytest.mark.parametrize(
+    ("value", "is_key"),
+    [
+        ("Bearer sk-abc", True),
+        ("sk-abc", True),
+        ("L402 AGIAJEemVQUTEyNCRsk-DLHsi3vm:00", False),
+    ],
+)
+def test_a_credential_that_holds_the_letters_of_a_key_is_none(value: str, is_key: bool):
+    """In base64 they come by chance; when it has expired it deserves a 402, as any other."""
+    request = Request({"type": "http", "headers": [(b"authorization", value.encode())]})
+    assert brings_key(request) is is_key

@@ -150,6 +150,20 @@ async def test_a_payment_that_nobody_here_has_sent_holds_payouts_until_it_is_con
     assert await world.balance_msat(ledger.OPERATOR) == 30_000 + 1_030
 
 
+async def test_a_clock_that_was_ahead_hides_nothing(world: World):
+    """It was set back after a comparison: what was paid since then is not older than that."""
+    comparing = reconciler(world)
+    await comparing.run_once()
+    async with world.database.transaction() as connection:
+        await connection.execute(
+            "update billing_state set set_at = set_at + interval '30 days'"
+            " where starts_with(key, 'node_reconciled:')"
+        )
+    await world.pass_time(5)
+    await spend(world, "baker", 30_000)
+    assert (await comparing.run_once()).foreign == 1
+
+
 async def test_an_old_database_gives_itself_away_and_pays_nobody_twice(world: World):
     """Restored from a backup of before the payout: the worker is owed the same money again."""
     await reconciler(world).run_once()

@@ -345,3 +345,16 @@ async def test_a_worker_is_told_what_went_to_better_ones(router: Rig):
         assert skip["facts"]["others_tokens_per_s"] == 50.0
         assert skip["facts"]["your_tokens_per_s"] == 5.0
         assert (await me(router, fast))["skips"] == []
+
+
+async def test_what_was_noted_long_ago_is_forgotten_by_itself(router: Rig):
+    """Else a table would grow for as long as there are workers."""
+    await router.query(
+        "insert into worker_events (worker_id, at, code, facts) values"
+        " ('w', now() - interval '31 days', 'old', '{}'), ('w', now(), 'new', '{}')"
+    )
+    await router.core.maintenance.prune()
+    rows = await router.query("select code from worker_events")
+    assert [row["code"] for row in rows] == ["new"]
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert "maintenance-3600.0" in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,6 +34,8 @@ CAPABILITIES = {
     Kind.IMAGE_EDIT: "images",
 }
 MAX_IDEMPOTENCY_KEY = 255
+# Not in the middle of a word: by chance these letters stand in many a credential in base64.
+_KEY = re.compile(r"(?:^|\s)sk-")
 
 
 class PaymentRequired(Exception):
@@ -125,7 +128,7 @@ def brings_key(request: Request, style: Style = AT_ONCE) -> bool:
     """Whether a request comes with a prepaid key, good or not."""
     if style.apikey and request.headers.get("apikey", "") not in ("", payment.ANONYMOUS):
         return True
-    return any("sk-" in value for value in request.headers.getlist("authorization"))
+    return any(_KEY.search(value) for value in request.headers.getlist("authorization"))
 
 
 async def refuse_when_closed(core: Core) -> None:
