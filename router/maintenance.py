@@ -293,11 +293,11 @@ class Maintenance:
         """
         rows = [None] * _BATCH
         while len(rows) == _BATCH:
+            # By the clock that has set them, and not by one of ours that may be wrong.
             async with self._database.connection() as connection:
                 rows = await connection.fetch(
-                    "select id from jobs where state = $1 and wait_ends_at < $2 limit $3",
+                    "select id from jobs where state = $1 and wait_ends_at < now() limit $2",
                     State.QUEUED.value,
-                    self._clock(),
                     _BATCH,
                 )
             await asyncio.gather(

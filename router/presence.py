@@ -173,6 +173,12 @@ class Presence:
                 "select id, seen_at, workers from routers where id <> $1", self._router_id
             )
             await self._note_workers(connection)
+        if time.monotonic() - began > WRITE_S:
+            # The database was slow for us, and so for them.
+            self._think_all_alive()
+        # Before what could fail, which is to understand what another version says of its workers.
+        self._looked_at = time.monotonic()
+        news: list[tuple[str, Peer, str]] = []
         for row in rows:
             peer = self._peers.get(row["id"])
             if peer is None:
@@ -183,10 +189,9 @@ class Presence:
                 peer.seen_at, peer.alive_at = row["seen_at"], time.monotonic()
                 # What it says on the bus is newer than what it has written.
                 if peer.alive_at - peer.heard_at > 3 * SAY_S:
-                    self._learn(row["id"], peer, json.loads(row["workers"]))
-        if time.monotonic() - began > WRITE_S:
-            # The database was slow for us, and so for them.
-            self._think_all_alive()
+                    news.append((row["id"], peer, row["workers"]))
+        for router_id, peer, said in news:
+            self._learn(router_id, peer, json.loads(said))
         gone = self._peers.keys() - {row["id"] for row in rows}
         for router_id, peer in list(self._peers.items()):
             if _silent_s(peer) >= STALE_S and peer.workers:
@@ -194,7 +199,6 @@ class Presence:
                 self._learn(router_id, peer, [])
             if router_id in gone and _silent_s(peer) > 10 * LOST_S:
                 del self._peers[router_id]
-        self._looked_at = time.monotonic()
 
     def _think_all_alive(self) -> None:
         """All that were alive when we looked last."""

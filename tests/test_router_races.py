@@ -217,6 +217,15 @@ async def test_what_a_lost_attempt_said_is_not_stored_for_the_next(router: Rig):
     assert reply.json()["choices"][0]["message"]["content"] == "second"
 
 
+async def post_waiting(router: Rig) -> str:
+    """A job that nobody serves."""
+    async with router.worker():
+        router.core.dispatcher.paused = True
+        key = await router.bearer()
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        return made.json()["jobs"][0]["id"]
+
+
 async def test_a_claim_that_was_never_sent_is_taken_back(router: Rig):
     """The commit of a claim may come through while its answer is lost with the database."""
     key = await router.bearer()
@@ -264,6 +273,17 @@ async def test_one_job_that_cannot_be_taken_back_does_not_keep_the_others(router
             assert await router.core.maintenance.take_back_own() == 1
         assert await state_of(router, "jobs", ids[1]) == "queued"
         assert await state_of(router, "jobs", ids[0]) == "running"
+
+
+async def test_a_clock_that_is_ahead_ends_nobodys_waiting(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """A wait ends by the clock that it was begun by, the database's, whatever this host's shows."""
+    made = await post_waiting(router)
+    ahead = utc_now() + timedelta(days=2)
+    monkeypatch.setattr(router.core.maintenance, "_clock", lambda: ahead)
+    await router.core.maintenance.expire_waits()
+    assert await state_of(router, "jobs", made) == "queued"
 
 
 async def test_a_running_job_is_not_taken_for_an_unsent_claim(router: Rig):
