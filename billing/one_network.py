@@ -14,6 +14,11 @@ from billing.lightning import NodeInfo
 _KEY = "network"
 
 
+async def said_by_books(connection: Any) -> str | None:
+    """The network that the books are of, as `regtest (simulated)`; None before a router used them."""
+    return await connection.fetchval("select value from billing_state where key = $1", _KEY)
+
+
 async def network_of_books(connection: Any, node: NodeInfo, *, now: Any) -> str | None:
     """None when the books are of the node's network, as they are from the first call on.
 
@@ -27,5 +32,5 @@ async def network_of_books(connection: Any, node: NodeInfo, *, now: Any) -> str 
         ours,
         now,
     )
-    theirs = await connection.fetchval("select value from billing_state where key = $1", _KEY)
+    theirs = await said_by_books(connection)
     return None if theirs == ours else theirs

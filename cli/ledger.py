@@ -18,6 +18,7 @@ from billing import ledger
 from billing.errors import BillingError
 from billing.lightning import NodeBalance
 from billing.lightning.connect import connect
+from billing.one_network import said_by_books
 from billing.trial_balance import TrialBalance, trial_balance
 from cli.admin_access import fail, screen, table
 from cli.router_location import data_dir, simulated_url
@@ -74,7 +75,7 @@ def check(
     # A data directory that is named outranks a variable that is set for other commands.
     url = None if directory is not None else database_url
     try:
-        books = asyncio.run(_read(url, data_dir(directory) / "postgres"))
+        books, network = asyncio.run(_read(url, data_dir(directory) / "postgres"))
     except EmbeddedPostgresError as error:
         raise fail(str(error), 2) from error
     except asyncpg.UndefinedTableError as error:
@@ -82,20 +83,21 @@ def check(
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
         raise fail(f"the database cannot be read: {error}", 2) from error
     held = _ask_node(directory) if node else None
-    _show_json(books, held) if as_json else _show(books, held)
+    _show_json(books, network, held) if as_json else _show(books, network, held)
     if not books.in_order:
         for problem in _problems(books):
             print(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(1)
 
 
-async def _read(database_url: str | None, folder: Path) -> TrialBalance:
+async def _read(database_url: str | None, folder: Path) -> tuple[TrialBalance, str | None]:
+    """The books, and the network whose money they are of."""
     async with _where(database_url, folder) as url:
         connection = await asyncpg.connect(url, timeout=CONNECT_S)
         try:
             # One snapshot: transfers that are posted meanwhile are wholly in it, or not at all.
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                return await trial_balance(connection)
+                return await trial_balance(connection), await said_by_books(connection)
         finally:
             await connection.close()
 
@@ -163,7 +165,7 @@ def _problems(books: TrialBalance) -> list[str]:
     return [f"debits and credits differ by {books.sum_msat} msat", *books.problems]
 
 
-def _show(books: TrialBalance, held: NodeBalance | None) -> None:
+def _show(books: TrialBalance, network: str | None, held: NodeBalance | None) -> None:
     rows = [
         (name, value if value > 0 else None, -value if value < 0 else None)
         for name, value in books.lines.items()
@@ -172,7 +174,8 @@ def _show(books: TrialBalance, held: NodeBalance | None) -> None:
     debits = sum(value for value in books.lines.values() if value > 0)
     credits = -sum(value for value in books.lines.values() if value < 0)
     console = screen()
-    console.print(table(None, ("account", "debit msat", "credit msat"), rows))
+    title = f"the books, of {network}" if network else None
+    console.print(table(title, ("account", "debit msat", "credit msat"), rows))
     console.print(f"\ndebits {debits} msat, credits {credits} msat, difference {books.sum_msat}")
     if books.in_order:
         console.print("[green]The books are in order.[/green]")
@@ -182,8 +185,9 @@ def _show(books: TrialBalance, held: NodeBalance | None) -> None:
         console.print(_explained(sides[-1][1]), soft_wrap=True)
 
 
-def _show_json(books: TrialBalance, held: NodeBalance | None) -> None:
+def _show_json(books: TrialBalance, network: str | None, held: NodeBalance | None) -> None:
     answer: dict[str, Any] = {
+        "network": network,
         "in_order": books.in_order,
         "sum_msat": books.sum_msat,
         "lines": books.lines,

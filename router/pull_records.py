@@ -19,7 +19,7 @@ from router.database import Database
 from router.door_ids import Door
 
 # Shorter ones could be guessed. `0000000000`, which stands for no key, is one of them.
-SHORTEST_KEY = 20
+SHORTEST_KEY, LONGEST_KEY = 20, 200
 # Between a password that is remembered and one that is looked up again lies this much work.
 _SCRYPT: dict[str, int] = {"n": 2**14, "r": 8, "p": 1}
 _MOST_REMEMBERED = 10_000
@@ -28,7 +28,7 @@ _MOST_REMEMBERED = 10_000
 def owner_of_key(apikey: str) -> bytes:
     """The hash of an apikey; a prepaid key has one, however it is spelt. Raises BadCredential."""
     key = normal_key(apikey) or apikey.strip()
-    if not SHORTEST_KEY <= len(key) <= 200:
+    if not SHORTEST_KEY <= len(key) <= LONGEST_KEY:
         raise BadCredential("malformed")
     return hashlib.sha256(b"satherd-owner\0" + key.encode()).digest()
 

@@ -167,7 +167,12 @@ def event(row: Any, issuer: Issuer, *, include_result: bool) -> dict[str, Any]:
     return {
         "type": f"job.{row['state']}",
         "timestamp": time_text(row["ended_at"]),
-        "data": {"job": view, "receipt": receipt},
+        "data": {
+            "job": view,
+            "receipt": receipt,
+            "network": issuer.network,
+            "simulated": issuer.simulated,
+        },
     }
 
 

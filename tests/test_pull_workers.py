@@ -430,6 +430,8 @@ async def test_bad_pops_and_submits_are_refused_in_the_dialect(router: Rig):
         reply = await router.http.post(POP, json=body, headers=headers)
         assert reply.status_code == status, (body, reply.text)
         assert reply.json()["rc"] == rc, reply.text
+    said = (await router.http.post(POP, json=good, headers={"apikey": "short"})).json()["message"]
+    assert "need not be bought" in said
     unknown = await router.http.post(SUBMIT, json={"id": "x", "generation": ""}, headers=key)
     assert (unknown.status_code, unknown.json()["rc"]) == (404, "InvalidJobID")
     old = {"username": "Bob", "password": "pw", "name": "w", "model": MODEL}

@@ -71,6 +71,7 @@ async def test_the_end_of_a_job_is_told_with_its_receipt_and_without_its_answer(
         assert told["type"] == "job.succeeded"
         assert told["data"]["job"]["id"] == links["id"]
         assert "result" not in told["data"]["job"]
+        assert told["data"]["simulated"] is True and told["data"]["network"] == "regtest"
         receipt = await router.http.get(f"{links['status_url']}/receipt", headers=token(links))
         assert told["data"]["receipt"] == receipt.json()["receipt"]
         assert verified(told["data"]["receipt"], keys)["job"] == links["id"]

@@ -62,15 +62,17 @@ def refusal(error: Exception, request: Request) -> Response:
             return answer(error_body(problem), status=problem.status, headers=problem.headers)
 
 
-def bad_key(request: Request) -> Response:
+_NO_SUCH_KEY = (
+    "No user matching sent API Key. Have you remembered to buy one (POST /balance/topups)?"
+)
+
+
+def bad_key(request: Request, message: str = _NO_SUCH_KEY) -> Response:
     """401 for a key that is none; wrong ones are counted."""
     try:
         core_of(request).limiter.failed(request, "key", KEY_FAILURES_PER_MINUTE)
     except TooManyRequests as throttled:
         return refusal(throttled, request)
-    message = (
-        "No user matching sent API Key. Have you remembered to buy one (POST /balance/topups)?"
-    )
     return answer({"message": message, "rc": "InvalidAPIKey"}, status=401)
 
 

@@ -22,6 +22,7 @@ from router.core import Core
 from router.door_ids import Door
 from router.errors import BadRequest
 from router.pull_gate import NotTheOwner, Offer, Popped
+from router.pull_records import LONGEST_KEY, SHORTEST_KEY
 from router.pull_sessions import End
 from router.sessions import RefusedWorker
 
@@ -30,6 +31,10 @@ router = APIRouter(prefix="/api/v2", tags=["AI Horde"])
 # AH-20.
 POPS_PER_MINUTE = 3600
 DEFAULT_LENGTH, DEFAULT_CONTEXT = 512, 2048
+_NO_SECRET = (
+    f"A worker's apikey is a secret of its own, of {SHORTEST_KEY} to {LONGEST_KEY} characters, which"
+    " keeps its name and its earnings; it need not be bought."
+)
 MOST_MODELS, MOST_THREADS = 50, 50
 # Our codes, and theirs (AH-8).
 _SKIPPED = {
@@ -59,7 +64,7 @@ async def pop(request: Request) -> Response:
     except RefusedWorker as refused:
         return _refused(refused, request)
     except BadCredential:
-        return bad_key(request)
+        return bad_key(request, _NO_SECRET)
     except Exception as error:
         return refusal(error, request)
 
@@ -169,7 +174,7 @@ async def submit(request: Request) -> Response:
             raise _over(core, given_id)
         return answer({"reward": satoshi(earned_msat)})
     except BadCredential:
-        return bad_key(request)
+        return bad_key(request, _NO_SECRET)
     except Exception as error:
         return refusal(error, request)
 
