@@ -46,6 +46,8 @@ DAY = timedelta(days=1)
 # One that nobody else answered in this time is not scored at all.
 UNCOMPARED = timedelta(days=1)
 KEPT_CHARACTERS = 20_000
+# Answers are held against those of others for so long; their scores are kept.
+ANSWERS_KEPT = timedelta(days=90)
 _BATCH = 50
 
 _DUE_PROMPTS = """
@@ -137,7 +139,7 @@ class Checks:
                 return []
             last = await connection.fetchval("select max(created_at) from checks")
             every = timedelta(seconds=self._settings.check_every_s)
-            if last is not None and now - last < every:
+            if last is not None and timedelta(0) <= now - last < every:
                 return []
             if await connection.fetchval(_SPENT, now - DAY) >= self._settings.check_budget_msat:
                 return []
@@ -145,6 +147,10 @@ class Checks:
             if quote is None:
                 return []
             ids = [job.id for job in quote.jobs]
+            await connection.execute(
+                "update checks set answer = null where answer is not null and created_at < $1",
+                now - ANSWERS_KEPT,
+            )
             # Before the jobs: one that is not known as a check would never be judged.
             await connection.execute(
                 "insert into checks (id, prompt_id, job_id, created_at)"

@@ -100,6 +100,19 @@ async def me(router: Rig, worker: ScriptedWorker) -> dict[str, Any]:
     return shown.json()
 
 
+async def test_old_answers_are_forgotten_and_a_clock_that_was_ahead_stops_no_checks(router: Rig):
+    await add(router, expected=["Paris"])
+    async with router.worker() as worker:
+        await checked(router, worker, "It is Paris.")
+        await router.query("update checks set created_at = created_at - interval '91 days'")
+        await checked(router, worker, "Paris.")
+        rows = await router.query("select answer, score from checks order by created_at")
+        assert [tuple(row) for row in rows] == [(None, 1), ("Paris.", 1)]
+        await router.query("update checks set created_at = now() + interval '30 days'")
+        assert await router.core.checks.buy_if_due()
+        await worker.serve("Paris.")
+
+
 async def test_a_check_is_a_job_like_any_other_and_the_operator_pays_for_it(router: Rig):
     await set_rates(router, RATES)
     await add(router, expected=["Paris"])
