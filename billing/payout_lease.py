@@ -2,6 +2,9 @@
 
 The token grows by one with each new holder. Whoever pays checks it in the transaction that
 writes, so that a process that was stopped for a while, and lost the lease, writes nothing more.
+
+Token and end only ever grow, so they also tell when the database has gone back in time under a process
+that runs on: a backup was restored, and payouts that were made since are forgotten.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ returning value::bigint"""
 
 _RENEW = """
 update billing_state set expires_at = $3 where key = $1 and value = $2::bigint::text
-returning 1"""
+returning value::bigint"""
+
+_READ = "select value::bigint as token, expires_at from billing_state where key = $1"
 
 
 class LeaseLost(Exception):
@@ -37,9 +42,13 @@ class PayoutLease:
         self,
         transaction: Callable[[], AbstractAsyncContextManager[Any]],
         clock: Callable[[], datetime],
+        *,
+        on_older: Callable[[], None] = lambda: None,
     ) -> None:
         self._transaction = transaction
         self._clock = clock
+        self._on_older = on_older
+        self._seen: tuple[int, datetime] | None = None
         self.token: int | None = None
 
     async def hold(self, lease_s: float) -> bool:
@@ -47,24 +56,37 @@ class PayoutLease:
         now = self._clock()
         ends_at = now + timedelta(seconds=lease_s)
         async with self._transaction() as connection:
-            if self.token is not None:
-                renewed = await connection.fetchval(_RENEW, _KEY, self.token, ends_at)
-                if renewed is not None:
-                    return True
+            self._look(await connection.fetchrow(_READ, _KEY))
+            token = self.token
+            if token is not None:
+                token = await connection.fetchval(_RENEW, _KEY, token, ends_at)
+            if token is None:
                 self.token = None
-            token = await connection.fetchval(_TAKE, _KEY, now, ends_at)
+                token = await connection.fetchval(_TAKE, _KEY, now, ends_at)
         self.token = token
+        if token is not None:
+            self._seen = token, ends_at
         return token is not None
+
+    def _look(self, row: Any) -> bool:
+        """Whether the database is older than it was; a clock that was set back may look the same,
+        and then nothing comes of it but another look at the node."""
+        now = None if row is None else (row["token"], row["expires_at"])
+        older = self._seen is not None and (now is None or now < self._seen)
+        self._seen = now
+        if older:
+            self._on_older()
+        return older
 
     async def check(self, connection: Any) -> None:
         """Make sure, until the caller's transaction ends, that the lease is held. Raises LeaseLost.
 
         It locks: of two transactions that check, the second waits for the first.
         """
-        token = await connection.fetchval(
-            "select value::bigint from billing_state where key = $1 for update", _KEY
-        )
-        if self.token is None or token != self.token:
+        row = await connection.fetchrow(f"{_READ} for update", _KEY)
+        if self.token is None or row is None or row["token"] != self.token:
+            raise LeaseLost
+        if self._look(row):
             raise LeaseLost
 
     async def release(self) -> None:
@@ -73,7 +95,7 @@ class PayoutLease:
             return
         async with self._transaction() as connection:
             await connection.fetchval(_RENEW, _KEY, self.token, self._clock())
-        self.token = None
+        self.token = self._seen = None
 
 
 async def lease_ends_at(connection: Any) -> datetime | None:

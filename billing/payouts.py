@@ -66,7 +66,8 @@ class PayoutRunner:
     """Pays. `clock` gives every time that is written; `settings` may be replaced while it runs.
 
     `addresses` should know the node's own key, so that our own invoices are refused. `reconciled`
-    says whether node and books were compared since the start: before that, nothing is sent.
+    says whether node and books were compared since the start: before that, nothing is sent. `on_older`
+    is called when the database turns out to be an older one than it was: they are to be compared anew.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class PayoutRunner:
         clock: Clock = utc_now,
         jitter: Callable[[], float] = random.random,
         reconciled: Callable[[], bool] = lambda: True,
+        on_older: Callable[[], None] = lambda: None,
     ) -> None:
         self._reconciled = reconciled
         self._context = PayoutContext(
             transaction=transaction,
             backend=backend,
             addresses=addresses,
-            lease=PayoutLease(transaction, clock),
+            lease=PayoutLease(transaction, clock, on_older=on_older),
             settings=settings or PayoutSettings(),
             clock=clock,
             jitter=jitter,

@@ -106,6 +106,8 @@ class Reconciler:
         self._clock = clock
         self._on_done = on_done
         self._task: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
+        self._doubts = 0
         self.ready = False
         self.last: Findings | None = None
 
@@ -117,8 +119,16 @@ class Reconciler:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def doubt(self) -> None:
+        """The books are others than they were, as after a backup was restored: compare them now."""
+        log.error("the database is older than it was: nothing is paid out before it was compared")
+        self.ready = False
+        self._doubts += 1
+        self._soon.set()
+
     async def run_once(self) -> Findings:
         """Compare now. Raises BackendError; what was written until then stands."""
+        doubts = self._doubts
         node = await self._backend.node_info()
         now = self._clock()
         async with self._transaction() as connection:
@@ -134,7 +144,7 @@ class Reconciler:
             await foreign_payments.book_confirmed(connection, now=now)
             await _mark(connection, _RECONCILED + node.pubkey, now, again=True)
             booked_msat = await ledger.balance_msat(connection, ledger.LIGHTNING)
-        self.ready = True
+        self.ready = doubts == self._doubts
         self.last = Findings(now, since, receipts, foreign, held_msat, booked_msat)
         self._tell(self.last)
         self._on_done()
@@ -143,6 +153,7 @@ class Reconciler:
     async def _run(self) -> None:
         while True:
             wait_s = EVERY_S
+            self._soon.clear()
             try:
                 await self.run_once()
             except BackendRejected as error:
@@ -157,7 +168,11 @@ class Reconciler:
                 # Whatever it was, the node or the database: payouts wait, so try again soon.
                 log.warning("node and books not compared, trying again: %r", error)
                 wait_s = RETRY_S
-            await asyncio.sleep(wait_s)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._soon.wait()
+            except TimeoutError:
+                continue
 
     async def _receipts(self, since: datetime) -> int:
         """Record what is missing; how many receipts that were."""

@@ -348,6 +348,7 @@ def _join(
         settings=_payout_settings(settings),
         clock=clock,
         reconciled=lambda: reconciler.ready,
+        on_older=reconciler.doubt,
     )
     asks = Asks()
     limits = Limits(

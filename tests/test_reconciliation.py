@@ -198,6 +198,60 @@ async def test_an_old_database_gives_itself_away_and_pays_nobody_twice(world: Wo
     await world.check_node()
 
 
+async def test_a_backup_that_is_restored_under_a_running_router_pays_nobody_twice(world: World):
+    """The process goes on as the one that pays; that the lease is an older one gives it away."""
+    comparing = reconciler(world)
+    process = world.process()
+    runner = PayoutRunner(
+        process.transaction,
+        cast(Any, process.backend),
+        process.addresses,
+        clock=world.tick,
+        reconciled=lambda: comparing.ready,
+        on_older=comparing.doubt,
+    )
+    await comparing.run_once()
+    await runner.run_once()
+    async with world.database.connection() as connection:
+        lease = await connection.fetchval(
+            "select expires_at from billing_state where key = 'payout_lease'"
+        )
+    await world.worker("w1", OWED_MSAT)
+    await world.pass_time(5)
+    await runner.run_once()
+    paid = await world.payout_of("w1")
+    assert paid.state is PayoutState.PAID and paid.payment_hash is not None
+    async with world.database.transaction() as connection:
+        for table in ("payout_attempts", "payouts"):
+            await connection.execute(f"delete from {table}")
+        await connection.execute("delete from ledger_transfers where reference = $1", paid.id)
+        await connection.execute(
+            "update ledger_balances set balance_msat = case account when $1 then $2 else 0 end",
+            ledger.worker("w1"),
+            OWED_MSAT,
+        )
+        await connection.execute(
+            "update billing_state set expires_at = $1 where key = 'payout_lease'", lease
+        )
+        await connection.execute("update payees set owed_since = null, next_try_at = null")
+    for _ in range(3):
+        await runner.run_once()
+        await world.pass_time(120)
+    assert await world.payouts() == []
+    assert (await control(world)).blocked is payout_control.Blocked.NOT_RECONCILED
+
+    assert (await comparing.run_once()).foreign == 1
+    await runner.run_once()
+    assert await world.payouts() == []
+    assert (await control(world)).unknown_payments == 1
+
+    world.earned_msat["w1"] = 0  # It was paid, by a payout that these books have lost.
+    assert await confirm(world, paid.payment_hash, ledger.worker("w1"))
+    await runner.run_once()
+    assert await world.received_msat("w1") == OWED_MSAT
+    await runner.stop()
+
+
 async def test_an_old_database_looks_up_what_it_does_not_know_to_have_sent(world: World):
     """Restored from a backup of between invoice and payment: the invoice is not thrown away."""
     await reconciler(world).run_once()
