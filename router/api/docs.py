@@ -58,7 +58,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/herder"): {
         "Action": "Transfer",
         "Quantity": "5",
-        "X-Prompt": "What is the meaning of life?",
+        "X-Prompt": "Once upon a time",
         "X-Tokens": "20",
         "X-Reference": "1",
     },
