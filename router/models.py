@@ -154,7 +154,10 @@ class Models:
 
         Raises what `fit` raises for the first of them, where none can.
         """
-        named = self.text_models() if ANY_MODEL in models else models
+        named = models
+        if ANY_MODEL in models:
+            # Thousands may be known: without waiting, only those that are there can do it.
+            named = self.text_models() if may_wait else self._listed_text_models()
         fits: list[int] = []
         refused: list[RouterError] = []
         for model in named:
@@ -181,6 +184,10 @@ class Models:
     def text_models(self) -> list[str]:
         """All models that were ever served here and take a prompt."""
         return sorted(model for kind, model in self.known if kind is ModelKind.TEXT)
+
+    def _listed_text_models(self) -> list[str]:
+        here = (worker for worker in self.fleet.everywhere() if not worker.draining)
+        return sorted({m.id for worker in here for m in worker.models if m.kind is ModelKind.TEXT})
 
     def _offers(
         self, kind: Kind, model: str, *, may_wait: bool, demand: Demand

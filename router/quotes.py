@@ -136,7 +136,7 @@ class Quotes:
             raise UnknownModel("* is not the name of a model", model=ANY_MODEL)
         schedule = await self.fees.now()
         may_wait = may_wait or request.terms.max_wait_s is not None
-        lengths = [self._length(request, item, may_wait, anyhow) for item in request.items]
+        lengths = self._lengths(request, may_wait, anyhow)
         if request.max_tokens is None:
             lengths = self._within(request, schedule, lengths, budget_msat)
         bases = [
@@ -170,6 +170,17 @@ class Quotes:
             max_wait_s=request.terms.max_wait_s or self._settings.default_max_wait_s,
             jobs=jobs,
         )
+
+    def _lengths(self, request: Request, may_wait: bool, anyhow: bool) -> list[int]:
+        """The answer length of each item; those that are alike are looked at once."""
+        known: dict[Any, int] = {}
+        lengths: list[int] = []
+        for item in request.items:
+            alike = (item.models, item.prompt_tokens, demands.of_spec(item.spec))
+            if alike not in known:
+                known[alike] = self._length(request, item, may_wait, anyhow)
+            lengths.append(known[alike])
+        return lengths
 
     def _length(self, request: Request, item: Item, may_wait: bool, anyhow: bool) -> int:
         try:

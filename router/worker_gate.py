@@ -159,7 +159,7 @@ class WorkerGate:
             raise bad_registration(error) from None
         applicant = queenbee.applicant(registration, queenbee.verified_key(raw))
         # It reconnects at once and for ever (QB-P19); each time is a lookup and a transaction.
-        who = applicant.identity or f"{peer} {registration.pay_to}"
+        who = applicant.identity or workers.hash_identity("peer", peer, registration.pay_to or "")
         if self._registrations.hit(who, REGISTRATIONS_PER_MINUTE) > 0:
             raise RefusedWorker("too_often", "registered too often", retryable=True)
         return await self.admit(

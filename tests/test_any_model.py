@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from billing.fees import Rates
 from router import requests
+from router.errors import NoWorker
 from router.job_records import NewQuote
+from router.lanes import ANY_MODEL
+from router.models import Models
 from router.requests import Request
+from router.workers import Fleet
 from tests.door_tools import RATES, busy_worker, set_rates, until_state, workers_left
 from tests.router_rig import MODEL, Rig
-from worker.protocol import CompletionSpec, Kind
+from worker.protocol import CompletionSpec, Kind, ServedModel
 
 DEAR = Rates(prompt_fee_msat=3000, input_msat_per_mtok=0, output_msat_per_mtok=5_000_000)
 
@@ -127,3 +133,27 @@ async def test_cancelled_while_it_waits_it_is_in_no_lane(router: Rig):
     await router.core.jobs.cancel(quote.jobs[0].id)
     assert await router.query("select * from queue") == []
     assert (await router.books()).in_order
+
+
+def test_with_thousands_of_known_names_only_those_that_are_there_are_looked_at():
+    """A request for any model is priced before it is paid, for each of its answers."""
+    models = Models(Fleet())
+    models.learn([ServedModel(id=f"m{n}") for n in range(1000)])
+    looked_at: list[str] = []
+    fit = models.fit
+
+    def counted(kind: Kind, model: str, **asked: Any) -> int:
+        looked_at.append(model)
+        return fit(kind, model, **asked)
+
+    models.fit = counted  # type: ignore[method-assign]
+    with pytest.raises(NoWorker):
+        models.fit_any(
+            Kind.COMPLETION,
+            [ANY_MODEL],
+            prompt_tokens=5,
+            max_tokens=5,
+            default_max_tokens=5,
+            may_wait=False,
+        )
+    assert looked_at == []
