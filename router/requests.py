@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from billing.msat import parse_decimal
 from billing.outside_url import OutsideRules
@@ -42,6 +43,8 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 500
 MAX_INPUTS = 2048
 HIGHEST_TOKENS = 100_000_000
+# Of all jobs of a request, where there are several of each.
+MOST_OF_COPIES = 16 << 20
 
 _SAMPLING = tuple(Sampling.model_fields)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -125,6 +128,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         specs = [spec.model_copy(update={"conditions": conditions}) for spec in specs]
     if len(models) * len(specs) * count > limits.max_n:
         raise BadRequest(f"a request makes at most {limits.max_n} jobs", param="n")
+    _check_copies(specs, len(models) * count)
     extra = _extra(body)
     # What is counted is the same for every model and every copy.
     counts = [
@@ -149,6 +153,21 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
         base64_embeddings=kind is Kind.EMBEDDING and _wants_base64(body),
         webhook=read_webhook(body, limits.outside),
     )
+
+
+def _check_copies(specs: list[JobSpec], copies: int) -> None:
+    """Each job is stored whole, before anything is paid: a long prompt may not be asked for a hundred
+    times. A picture is long and counts little, so that it is not for prices to prevent."""
+    if copies == 1:
+        return
+    try:
+        size = sum(len(spec.model_dump_json(exclude_none=True)) for spec in specs)
+    except PydanticSerializationError:
+        return  # refused by whoever stores it
+    if size * copies > MOST_OF_COPIES:
+        raise BadRequest(
+            f"the jobs of a request have at most {MOST_OF_COPIES} characters together", param="n"
+        )
 
 
 def with_echo_at_the_door(request: Request) -> Request:

@@ -203,6 +203,17 @@ def test_an_empty_message_beside_one_that_says_something_is_fine():
     assert chat(messages=[{"role": "user", "content": [image]}]).items[0].prompt_tokens == 765
 
 
+def test_a_long_prompt_is_not_stored_a_hundred_times_before_it_is_paid():
+    """A picture has megabytes and counts 765 tokens."""
+    picture = "data:image/png;base64," + "A" * 1_000_000
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]
+    assert len(chat(messages=messages, n=10).items) == 10
+    with pytest.raises(BadRequest) as refused:
+        chat(messages=messages, n=100)
+    assert param_of(refused) == "n"
+    assert len(chat(messages=HELLO, n=100).items) == 100
+
+
 @pytest.mark.parametrize(
     "part",
     [
