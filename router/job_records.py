@@ -50,6 +50,11 @@ class NewQuote:
     max_wait_s: int
     jobs: tuple[NewJob, ...]
 
+    @property
+    def characters(self) -> int:
+        """How long the texts of its jobs are together, as they are stored."""
+        return sum(len(job.spec) for job in self.jobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:

@@ -18,6 +18,8 @@ MINUTE_S = 60
 ADMIN_FAILURES_PER_MINUTE = 10
 KEY_FAILURES_PER_MINUTE = 60
 ADDRESS_CHECKS_PER_MINUTE = 30
+# Texts of quotes that nobody has paid are kept for ten minutes: so many from one address.
+UNPAID_UNIT, UNPAID_UNITS_PER_MINUTE = 256 << 10, 512
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -100,6 +102,11 @@ class RateLimits:
     def address_check(self, request: HTTPConnection) -> None:
         """Raises TooManyRequests: this client has had addresses looked up for now."""
         self._count(request, "check-address", lambda: ADDRESS_CHECKS_PER_MINUTE)
+
+    def unpaid(self, request: HTTPConnection, characters: int) -> None:
+        """Raises TooManyRequests: this client has had enough kept that it has not paid for."""
+        for _ in range(characters // UNPAID_UNIT):
+            self._count(request, "unpaid texts", lambda: UNPAID_UNITS_PER_MINUTE)
 
     def poll(self, request: HTTPConnection, what: str, per_minute: int) -> None:
         """Raises TooManyRequests: this client asks more often than its dialect allows (KC-11)."""

@@ -18,7 +18,7 @@ from router.api.kobold_worker import NEW_PER_MINUTE
 from router.dispatcher import MOST_PROBES
 from router.models import MOST_KNOWN
 from router.pull_records import Passwords
-from router.rate_limits import KEY_FAILURES_PER_MINUTE
+from router.rate_limits import KEY_FAILURES_PER_MINUTE, UNPAID_UNITS_PER_MINUTE
 from tests.poll_tools import HORDE_PROMPT, apikey
 from tests.pull_stand_ins import ClusterBridge, KoboldCpp
 from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
@@ -317,3 +317,23 @@ async def test_a_payment_that_can_start_nothing_is_its_payer_s_and_holds_up_nobo
         ledger.client(account["account_id"]),
     )
     assert balance["balance_msat"] > 0
+
+
+@pytest.mark.parametrize("path", ["/quotes", "/jobs"])
+async def test_what_is_kept_for_nobody_s_money_has_a_limit_for_each_address(
+    tmp_path: Path, database_url: str, path: str
+):
+    """A quote's texts are kept for ten minutes, paid or not; a picture has megabytes."""
+    picture = "data:image/png;base64," + "A" * (4 << 20)
+    content = [{"type": "image_url", "image_url": {"url": picture}}]
+    body = {"kind": "chat", "model": MODEL, "messages": [{"role": "user", "content": content}]}
+    async with running_rig(tmp_path, database_url, rate_limits="on") as router, router.worker():
+        window = router.core.limiter._windows
+        for _ in range(UNPAID_UNITS_PER_MINUTE - 20):
+            window.hit(("unpaid texts", "127.0.0.1"), UNPAID_UNITS_PER_MINUTE)
+        first = await router.http.post(path, json=body)
+        assert first.status_code in (201, 402)
+        second = await router.http.post(path, json=body)
+        assert second.status_code == 429 and "unpaid" in second.text
+        small = {"kind": "chat", "model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+        assert (await router.http.post(path, json=small)).status_code in (201, 402)

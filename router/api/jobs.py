@@ -69,7 +69,9 @@ async def make_quote(request: Request) -> Response:
         body = await read_object(request)
         wanted = purchase.parse(core, request, _kind(body), body)
         await core.market.refresh()
-        stored = await core.quotes.store(await core.quotes.price(wanted))
+        quote = await core.quotes.price(wanted)
+        core.limiter.unpaid(request, quote.characters)
+        stored = await core.quotes.store(quote)
         assert stored.quote is not None
         left_s = core.settings.quote_ttl_s
         return answer(quote_json(core, stored.quote, expires_in_s=left_s), status=201)

@@ -227,6 +227,7 @@ async def _challenge(
     core.limiter.invoice(request)
     await core.market.refresh()
     quote = await core.quotes.price(wanted)
+    core.limiter.unpaid(request, quote.characters)
     issued = await core.quotes.issue(quote, account_id=account_id)
     return PaymentRequired(quote, payment.offer(core, issued))
 
