@@ -70,3 +70,16 @@ async def test_it_opens_no_job_of_another_purchase(router: Rig):
         f"/jobs/{other}", headers={"Authorization": f"Bearer {door_id}"}
     )
     assert refused.status_code == 401
+
+
+async def test_many_ids_are_looked_up_at_once_and_open_what_each_opens(router: Rig):
+    """GR-5: a status may name 128."""
+    quote_id, jobs = await made(router, n=2)
+    ids = router.core.door_ids
+    first, second = await ids.issue(Door.GRIDREPUBLIC, quote_id, indexes=[0, 1])
+    (other,) = await ids.issue(Door.HORDE, quote_id, indexes=[None])
+    asked = [second, first, as_uuid(first), other, "0" * 32, "x", "\0", ""]
+    found = await ids.jobs_of_each(asked, Door.GRIDREPUBLIC)
+    opened = {door_id: [row["id"] for row in rows] for door_id, rows in found.items()}
+    assert opened == {second: jobs[1:], first: jobs[:1], as_uuid(first): jobs[:1]}
+    assert await ids.jobs_of_each(["x"], Door.GRIDREPUBLIC) == {}

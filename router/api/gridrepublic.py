@@ -61,17 +61,14 @@ async def status(request: Request, ids: str) -> Response:
         wanted = list(dict.fromkeys(part.strip() for part in ids.split(",") if part.strip()))
         if not 1 <= len(wanted) <= MAX_IDS:
             raise BadRequest(f"ask for 1 to {MAX_IDS} ids")
-        # One after the other: a request has no more than one connection to the database.
-        found = [await core.door_ids.jobs(door_id, Door.GRIDREPUBLIC) for door_id in wanted]
-        unknown = [door_id for door_id, rows in zip(wanted, found, strict=True) if not rows]
-        if len(unknown) == len(wanted):
+        found = await core.door_ids.jobs_of_each(wanted, Door.GRIDREPUBLIC)
+        if not found:
             raise NoSuchJob("Job not found")
-        rows = [row for rows in found for row in rows]
+        unknown = [door_id for door_id in wanted if door_id not in found]
+        rows = [row for rows in found.values() for row in rows]
         await core.jobs.touch(*(row["id"] for row in rows), wipe_after_s=core.settings.wipe_after_s)
         jobs = {
-            door_id: await _shown(core, rows[0])
-            for door_id, rows in zip(wanted, found, strict=True)
-            if rows
+            door_id: await _shown(core, found[door_id][0]) for door_id in wanted if door_id in found
         }
         more = {"unknown": unknown} if unknown else {}
         return answer({"success": True, "jobs": jobs, **more})
