@@ -217,7 +217,7 @@ async def test_what_is_held_is_not_in_the_balance_and_comes_back(router: Rig):
         assert done["refunded_msat"] == 64
 
 
-@pytest.mark.parametrize("kind", ["image", "", 5, True, [], ["chat"], {"chat": 1}], ids=repr)
+@pytest.mark.parametrize("kind", ["picture", "", 5, True, [], ["chat"], {"chat": 1}], ids=repr)
 async def test_a_kind_that_is_none_is_refused(router: Rig, kind: Any):
     async with router.worker():
         for path in ("/quotes", "/jobs"):
