@@ -43,6 +43,9 @@ ROUTES = [
     ("POST", "/admin/ledger/book"),
     ("POST", "/admin/ledger/reconcile"),
     ("GET", "/admin/audit"),
+    ("GET", "/admin/checks"),
+    ("POST", "/admin/checks"),
+    ("DELETE", "/admin/checks/c"),
 ]
 
 
