@@ -104,7 +104,8 @@ async def _torment(
 
 # What a router may call an error while things around it are killed.
 _EXPECTED = re.compile(
-    r"PostgreSQL ended by itself|it will be tried again: (ConnectionBroke|DatabaseUnavailable|Backend)"
+    r"PostgreSQL ended by itself|PostgreSQL did not start: PostgreSQL ended with status -9"
+    r"|it will be tried again: (ConnectionBroke|DatabaseUnavailable|Backend)"
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -58,12 +59,16 @@ class RealLnbits:
     async def install(self) -> None:
         """Once; later runs find it there."""
         folder = environment()
-        complete = folder / "complete"
-        if complete.exists():
-            return
-        await _run(sys.executable, "-m", "venv", "--clear", str(folder))
-        await _run(str(folder / "bin" / "pip"), "install", "--quiet", *_PACKAGES)
-        complete.touch()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Tests in other processes may want it in the same moment.
+        with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+            complete = folder / "complete"
+            if complete.exists():
+                return
+            await _run(sys.executable, "-m", "venv", "--clear", str(folder))
+            await _run(str(folder / "bin" / "pip"), "install", "--quiet", *_PACKAGES)
+            complete.touch()
 
     async def start(self) -> None:
         folder = environment()

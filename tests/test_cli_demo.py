@@ -23,7 +23,9 @@ def test_the_demo_ends_with_all_of_it_and_its_sums_are_zero(tmp_path: Path) -> N
             *("--engine", "echo", "--data-dir", str(tmp_path / "demo")),
         ],
         cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if "SATHERD" not in name},
+        # Its words take a moment, like a model's, so that the other clients are seen waiting.
+        env={name: value for name, value in os.environ.items() if "SATHERD" not in name}
+        | {"SATHERD_ECHO_TOKEN_S": "0.004"},
         capture_output=True,
         text=True,
         timeout=150,
