@@ -1,4 +1,4 @@
-"""The parts of a running router, joined by `router.app` and handed to the front doors."""
+"""The parts of a running router, joined by `router.joining` and handed to the front doors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,313 @@
+"""All parts of a router, made and joined: the only place where that happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from billing.invoice_watcher import InvoiceWatcher
+from billing.invoices import Credit, Purpose
+from billing.l402 import MasterSecrets
+from billing.lightning import LightningBackend, NodeInfo
+from billing.lightning_address import LightningAddresses
+from billing.outside_http import OutsideHttp
+from billing.outside_url import OutsideRules
+from billing.payout_settings import PayoutSettings
+from billing.payouts import PayoutRunner
+from billing.reconciliation import Reconciler
+from billing.withdrawals import Withdrawals
+from router import (
+    job_store,
+    job_submits,
+    worker_views,
+)
+from router.asks import Asks
+from router.attempts import Attempts
+from router.bus import Bus, Exchange, InProcessBus
+from router.checks import Checks
+from router.core import Core
+from router.database import BatchingWriter, Database
+from router.dispatcher import Dispatcher
+from router.door_ids import DoorIds
+from router.far_jobs import FarJobs
+from router.job_stream import StreamHub
+from router.jobs import Jobs
+from router.key_ring import KeyRing
+from router.maintenance import Maintenance
+from router.market import Market
+from router.models import Models
+from router.nats_bus import NatsBus
+from router.presence import Presence
+from router.projects import Projects
+from router.pull_gate import PullGate
+from router.quotes import Quotes
+from router.rate_limits import RateLimits
+from router.receipts import Issuer, ReceiptKey
+from router.relay import Relay
+from router.reputation import Reputation
+from router.requests import Limits
+from router.runtime_settings import RuntimeSettings
+from router.secret_files import master_secrets, receipt_seed, router_id
+from router.settings import Settings
+from router.webhooks import Webhooks
+from router.worker_gate import WorkerGate
+from router.workers import Fleet
+
+log = logging.getLogger(__name__)
+
+
+def join(
+    settings: Settings,
+    database: Database,
+    backend: LightningBackend,
+    node: NodeInfo,
+    clock: Callable,
+    exchange: Exchange | None,
+) -> Core:
+    secrets = master_secrets(settings)
+    this_router = router_id(settings)
+    receipt_issuer = Issuer(
+        ReceiptKey.from_seed(receipt_seed(settings)),
+        settings.public_url or settings.name,
+        node.network,
+        node.simulated,
+    )
+    fleet = Fleet()
+    models = Models(fleet)
+    hub = StreamHub()
+    market = Market(database, models)
+    writer = BatchingWriter(
+        database,
+        {
+            "submit": job_submits.submit_many,
+            "claim": job_store.claim_many,
+            "end": lambda connection, rows: job_store.end_many(
+                connection, rows, wipe_after_s=settings.wipe_after_s
+            ),
+            "give_back": job_store.give_back_many,
+        },
+    )
+    attempts = Attempts(
+        database,
+        writer,
+        models,
+        market,
+        hub,
+        reputation=Reputation(database, fleet),
+        max_attempts=settings.max_attempts,
+        router_id=this_router,
+    )
+    relay = Relay(
+        _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
+    )
+    presence = Presence(database, models, market, relay, router_id=this_router)
+    far_jobs = FarJobs(database, hub, relay, others=lambda: presence.others > 0)
+    job_core = Jobs(
+        database,
+        writer,
+        models,
+        market,
+        hub,
+        attempts,
+        relay,
+        router_id=this_router,
+        token_secret=hmac.new(secrets.current, b"job-tokens", hashlib.sha256).digest(),
+        max_multiplier=settings.max_multiplier,
+    )
+    outside = OutsideRules(allow_private=settings.lnurl_allow_private)
+    addresses = LightningAddresses(
+        OutsideHttp(outside),
+        network=node.network,
+        own_pubkey=node.pubkey,
+        now=clock,
+    )
+    watcher = InvoiceWatcher(
+        database.transaction,
+        backend,
+        lambda connection, credit: _on_credit(core, connection, credit),
+        clock=clock,
+    )
+    reconciler = Reconciler(
+        database.transaction, backend, watcher, clock=clock, on_done=lambda: core.payouts.wake()
+    )
+    payouts = PayoutRunner(
+        database.transaction,
+        backend,
+        addresses,
+        settings=_payout_settings(settings),
+        clock=clock,
+        reconciled=lambda: reconciler.ready,
+        on_older=reconciler.doubt,
+    )
+    asks = Asks()
+    limits = Limits(
+        max_n=settings.max_n,
+        image_prompt_tokens=settings.image_prompt_tokens,
+        max_multiplier=settings.max_multiplier,
+        max_wait_s=settings.max_wait_s,
+        outside=outside,
+    )
+    quotes = Quotes(database, settings, models, backend, watcher, network=node.network, clock=clock)
+    gate = WorkerGate(
+        database,
+        settings,
+        fleet,
+        models,
+        attempts,
+        addresses,
+        asks,
+        router_id=this_router,
+        clock=clock,
+    )
+    dispatcher = Dispatcher(
+        database,
+        writer,
+        fleet,
+        gate.assign,
+        router_id=this_router,
+        lease_s=settings.lease_s,
+        commission_ppm=lambda: settings.commission_ppm,
+        clock=clock,
+    )
+    maintenance = Maintenance(
+        database,
+        settings,
+        fleet,
+        models,
+        hub,
+        attempts,
+        presence,
+        router_id=this_router,
+        clock=clock,
+    )
+    pull_gate = PullGate(
+        database,
+        fleet,
+        gate,
+        dispatcher,
+        attempts,
+        market,
+        addresses,
+        skips=lambda worker: {
+            skip.code: skip.count for skip in worker_views.skips(worker, market.counts.steps())
+        },
+        finer_lanes=maintenance.finer_lanes,
+        ttl_s=settings.pull_ttl_s,
+        clock=clock,
+    )
+    core = Core(
+        settings=settings,
+        runtime=RuntimeSettings(settings),
+        limits=limits,
+        router_id=this_router,
+        clock=clock,
+        database=database,
+        writer=writer,
+        secrets=secrets,
+        receipts=receipt_issuer,
+        backend=backend,
+        node=node,
+        watcher=watcher,
+        addresses=addresses,
+        payouts=payouts,
+        reconciler=reconciler,
+        withdrawals=Withdrawals(
+            database.transaction,
+            backend,
+            addresses,
+            settings=_payout_settings(settings),
+            clock=clock,
+            on_planned=payouts.wake,
+        ),
+        keys=KeyRing(database),
+        door_ids=DoorIds(
+            database,
+            secret=hmac.new(secrets.current, b"door-ids", hashlib.sha256).digest(),
+        ),
+        limiter=RateLimits(settings),
+        fleet=fleet,
+        models=models,
+        market=market,
+        quotes=quotes,
+        jobs=job_core,
+        attempts=attempts,
+        relay=relay,
+        far_jobs=far_jobs,
+        presence=presence,
+        gate=gate,
+        projects=Projects(database, gate, router_id=this_router),
+        asks=asks,
+        dispatcher=dispatcher,
+        pull_gate=pull_gate,
+        maintenance=maintenance,
+        webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
+        checks=Checks(
+            database,
+            settings,
+            models,
+            quotes,
+            job_core,
+            attempts.reputation,
+            limits,
+            may_buy=lambda: not core.draining and core.runtime.paused is None,
+            clock=clock,
+        ),
+    )
+    attempts.on_work = partial(_on_work, core)
+    relay.on_work = core.dispatcher.wake
+    relay.on_come = gate.come_elsewhere
+    gate.on_admitted = relay.tell_come
+    relay.bus.on_up = partial(_on_bus_up, core)
+    gate.on_idle = core.dispatcher.wake
+    return core
+
+
+def _bus(
+    settings: Settings, secrets: MasterSecrets, this_router: str, exchange: Exchange | None
+) -> Bus:
+    if not settings.nats_url:
+        return InProcessBus(this_router, exchange)
+    # Routers of one market share a secret, and no other market knows its name.
+    market = hmac.new(secrets.current, b"bus", hashlib.sha256).hexdigest()[:24]
+    return NatsBus(this_router, settings.nats_url.get_secret_value(), market=market)
+
+
+def _payout_settings(settings: Settings) -> PayoutSettings:
+    return dataclasses.replace(
+        PayoutSettings(),
+        threshold_msat=settings.payout_threshold_msat,
+        interval_s=settings.payout_interval_s,
+    )
+
+
+def _on_bus_up(core: Core) -> None:
+    """The bus is there, or there again: what was said meanwhile was not heard."""
+    core.presence.say()
+    core.relay.ask_all_again()
+    core.far_jobs.look_at_all()
+    core.dispatcher.wake()
+
+
+def _on_work(core: Core) -> None:
+    """Something waits for a worker, here or at another router."""
+    core.dispatcher.wake()
+    core.relay.tell_work()
+
+
+async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:
+    """What a payment starts, in the transaction that credits it; then what to tell the process."""
+    match credit.purpose:
+        case Purpose.QUOTE:
+            jobs_queued = await core.quotes.on_credit(connection, credit)
+            return partial(core.jobs.queued, jobs_queued)
+        case Purpose.BUMP:
+            job_id, _, offer_msat = credit.reference.partition(":")
+            await core.jobs.bump_in(connection, job_id, int(offer_msat))
+            return core.attempts.on_work
+        case Purpose.TOPUP:
+            return None
