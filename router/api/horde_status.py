@@ -20,6 +20,7 @@ from router.api.horde_errors import HordeRefusal, refusal
 from router.api.horde_workers import FACTS_PER_MINUTE
 from router.api.info import software_version
 from router.core import Core
+from router.database import DatabaseUnavailable
 from router.errors import BadRequest, TooManyRequests
 from router.models import ModelFacts
 from router.pull_records import Named
@@ -162,7 +163,7 @@ async def heartbeat(request: Request) -> Response:
     try:
         async with core.database.connection() as connection:
             queued = await connection.fetchval("select count(*) from jobs where state = 'queued'")
-    except Exception:
+    except DatabaseUnavailable:
         return answer({"message": "DOWN", "version": software_version()}, status=503)
     full = queued >= core.settings.max_queue
     return answer(
