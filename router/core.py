@@ -19,6 +19,7 @@ from router.checks import Checks
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
+from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
 from router.jobs import Jobs
 from router.key_ring import KeyRing
@@ -28,6 +29,7 @@ from router.models import Models
 from router.presence import Presence
 from router.projects import Projects
 from router.pull_gate import PullGate
+from router.pull_submits import PullSubmits
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer
@@ -71,12 +73,14 @@ class Core:
     attempts: Attempts
     relay: Relay
     far_jobs: FarJobs
+    far_calls: FarCalls
     presence: Presence
     gate: WorkerGate
     projects: Projects
     asks: Asks
     dispatcher: Dispatcher
     pull_gate: PullGate
+    pull_submits: PullSubmits
     maintenance: Maintenance
     webhooks: Webhooks
     checks: Checks

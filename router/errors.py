@@ -18,6 +18,7 @@ RouterError
 ├── JobFailed             the job ended without an answer
 ├── Forbidden             the credential does not open this
 ├── Paused / Draining     no new work is taken
+├── RouterSilent          the router on which it hangs does not answer the one that was asked
 └── QueueFull
 """
 
@@ -141,6 +142,12 @@ class Paused(RouterError):
 
 class Draining(RouterError):
     code = "draining"
+
+
+class RouterSilent(RouterError):
+    """Another router of this market, on which this hangs, does not answer: try again."""
+
+    code = "router_silent"
 
 
 class QueueFull(RouterError):

@@ -34,6 +34,7 @@ from router.core import Core
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
+from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
 from router.job_stream import StreamHub
 from router.jobs import Jobs
@@ -45,6 +46,7 @@ from router.nats_bus import NatsBus
 from router.presence import Presence
 from router.projects import Projects
 from router.pull_gate import PullGate
+from router.pull_submits import PullSubmits
 from router.quotes import Quotes
 from router.rate_limits import RateLimits
 from router.receipts import Issuer, ReceiptKey
@@ -106,6 +108,7 @@ def join(
         _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
     )
     presence = Presence(database, models, market, relay, router_id=this_router)
+    far_calls = FarCalls(relay)
     far_jobs = FarJobs(database, hub, relay, others=lambda: presence.others > 0)
     job_core = Jobs(
         database,
@@ -198,6 +201,7 @@ def join(
         },
         finer_lanes=maintenance.finer_lanes,
         ttl_s=settings.pull_ttl_s,
+        router_id=this_router,
         clock=clock,
     )
     core = Core(
@@ -238,12 +242,14 @@ def join(
         attempts=attempts,
         relay=relay,
         far_jobs=far_jobs,
+        far_calls=far_calls,
         presence=presence,
         gate=gate,
         projects=Projects(database, gate, router_id=this_router),
         asks=asks,
         dispatcher=dispatcher,
         pull_gate=pull_gate,
+        pull_submits=PullSubmits(pull_gate.handed_out, presence, far_calls, router_id=this_router),
         maintenance=maintenance,
         webhooks=Webhooks(database, receipt_issuer, outside, clock=clock),
         checks=Checks(

@@ -115,6 +115,10 @@ class Presence:
         lost = set(self.lost())
         return [name for name in self._peers if name not in lost]
 
+    def others_known(self) -> list[str]:
+        """All other routers that were heard of, the lost ones too."""
+        return list(self._peers)
+
     def start(self) -> None:
         self._tasks = [
             asyncio.create_task(self._write_for_ever(), name="presence-write"),

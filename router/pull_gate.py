@@ -94,6 +94,7 @@ class PullGate:
         skips: Callable[[Worker], dict[str, int]],
         finer_lanes: Callable[[], Awaitable[None]],
         ttl_s: float,
+        router_id: str,
         clock: Callable[[], datetime],
     ) -> None:
         self._database = database
@@ -109,7 +110,7 @@ class PullGate:
         self._sessions: dict[str, PullSession] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.ttl_s = ttl_s
-        self.handed_out = HandedOut()
+        self.handed_out = HandedOut(router_id)
         self.passwords = Passwords()
 
     async def pop(

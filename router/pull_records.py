@@ -87,6 +87,15 @@ async def owned(database: Database, owner_hash: bytes) -> list[Named]:
     return [_named(row) for row in rows]
 
 
+async def has_job(database: Database, worker_id: str) -> bool:
+    """Whether a worker has a job now, of any router."""
+    async with database.connection() as connection:
+        return await connection.fetchval(
+            "select exists (select 1 from jobs where state = 'running' and worker_id = $1)",
+            worker_id,
+        )
+
+
 async def keep_name(
     connection: Any,
     *,

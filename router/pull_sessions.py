@@ -6,7 +6,8 @@
              └ ─── cancelled by its payer          settled; the worker's answer is taken and not used
 
 Each job that is handed out gets an id of its own, a secret like those of the doors' clients: whoever
-submits by it must also be the owner of the worker. A worker without a sign of life for five minutes has
+submits by it must also be the owner of the worker. It says which router holds the job, for the others
+(`router.pull_submits`). A worker without a sign of life for five minutes has
 left (KC-8, AH-34).
 """
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -42,6 +44,8 @@ _BYTES_PER_TOKEN, _BYTES_SPARE = 64, 65_536
 MORE_JOBS = 8
 # How long a worker waits to hear what it has earned.
 SETTLE_S = 10.0
+# Of an id's 128 bits: 74 that nobody can guess (and what makes it a UUID), then those of its router.
+_RANDOM_BYTES = 10
 
 
 class End(StrEnum):
@@ -69,9 +73,14 @@ class Held:
 class HandedOut:
     """All jobs that pull workers of this router have, and what became of those they had."""
 
-    def __init__(self) -> None:
+    def __init__(self, router_id: str) -> None:
+        self._mark = _mark(router_id)
         self._held: dict[str, Held] = {}
         self._ended: OrderedDict[str, tuple[float, End]] = OrderedDict()
+
+    def new_id(self) -> str:
+        """An id that this router can be found by; the rest of it is random."""
+        return str(uuid.UUID(bytes=uuid.uuid4().bytes[:_RANDOM_BYTES] + self._mark))
 
     def add(self, held: Held) -> None:
         self._held[held.id] = held
@@ -205,7 +214,7 @@ class PullSession:
                 running, outcome="worker_lost", blame="nobody", error="gone before it was sent"
             )
             return None
-        held = Held(str(uuid.uuid4()), self, running, job.prompt, job.stops, job.cut)
+        held = Held(self._handed_out.new_id(), self, running, job.prompt, job.stops, job.cut)
         self._mine[held.id] = held
         self._handed_out.add(held)
         return held
@@ -235,7 +244,7 @@ class PullSession:
                 error=f"more than {most_bytes} bytes",
             )
             return 0
-        text = _storable(_cut(text, held.stops) if held.cut_at_stops else text)
+        text = _cut(text, held.stops) if held.cut_at_stops else text
         if text:
             self._attempts.said(running, text, None, None)
         self._attempts.finish(running, FinishReason.STOP, None, None)
@@ -311,6 +320,19 @@ def _cut(text: str, stops: list[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _storable(text: str) -> str:
+def router_of(given_id: str, routers: Iterable[str]) -> str | None:
+    """Which of these routers has handed a job out by this id; None: none of them, or it is no id."""
+    try:
+        mark = uuid.UUID(given_id).bytes[_RANDOM_BYTES:]
+    except ValueError:
+        return None
+    return next((router_id for router_id in routers if _mark(router_id) == mark), None)
+
+
+def _mark(router_id: str) -> bytes:
+    return hashlib.sha256(b"satherd-router\0" + router_id.encode()).digest()[: 16 - _RANDOM_BYTES]
+
+
+def storable(text: str) -> str:
     """Without what PostgreSQL and UTF-8 have no place for."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()

@@ -72,6 +72,10 @@ class Relay:
         bus.on_gap = self.ask_again
         attempts.on_started = self._tell_started
 
+    def listen(self, kind: str, handler: Callable[..., None]) -> None:
+        """Have messages of another kind handled: `handler(sender, *rest)`."""
+        self._handlers[kind] = handler
+
     async def stop(self) -> None:
         tasks = list(self._sending.values())
         for task in tasks:

@@ -24,9 +24,11 @@ async def set_draining(connection: Any, worker_id: str, draining: bool) -> bool 
 
 
 def apply_draining(core: Core, worker_id: str, draining: bool) -> None:
-    """Let the connected worker follow, after the commit."""
+    """Let the connected worker follow, after the commit; one that is elsewhere does so there."""
     worker = core.fleet.get(worker_id)
-    if worker is not None and not core.draining:
+    if worker is None:
+        core.relay.tell_changed()
+    elif not core.draining:
         worker.told_to_drain = worker.draining = draining
         core.gate.on_idle()
 

@@ -54,6 +54,7 @@ STATUSES: dict[str, tuple[int, str]] = {
         503,
         "The worker was lost; the answer is made anew and can be fetched as `job`, from its start.",
     ),
+    "router_silent": (503, "The router on which this hangs does not answer; send the same again."),
     "lightning_unavailable": (503, "The Lightning node is away; nothing was charged."),
     "internal_error": (500, "A fault of the router; it is in its log."),
 }

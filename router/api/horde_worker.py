@@ -161,27 +161,23 @@ async def submit(request: Request) -> Response:
         text = body.get("generation", "" if state == "faulted" else None)
         if not isinstance(text, str):
             raise BadRequest("generation must be a text", param="generation")
-        held = core.pull_gate.handed_out.get(given_id)
-        if held is None:
-            raise _over(core, given_id)
-        if held.session.owner_hash != owner_hash:
+        word = await core.pull_submits.submit(
+            given_id, owner_hash, text if state != "faulted" else None
+        )
+        if word.wrong_owner:
             raise _WRONG_OWNER
-        if state == "faulted":
-            earned_msat = 0 if held.session.faulted(held, "said so itself") else None
-        else:
-            earned_msat = await held.session.answered(held, text)
-        if earned_msat is None:
-            raise _over(core, given_id)
-        return answer({"reward": satoshi(earned_msat)})
+        if word.earned_msat is None:
+            raise _over(core, given_id, word.ended)
+        return answer({"reward": satoshi(word.earned_msat)})
     except BadCredential:
         return bad_key(request, _NO_SECRET)
     except Exception as error:
         return refusal(error, request)
 
 
-def _over(core: Core, given_id: str) -> HordeRefusal:
+def _over(core: Core, given_id: str, ended: End | None) -> HordeRefusal:
     what = f"Processing Generation with ID {given_id[:40]}"
-    match core.pull_gate.handed_out.ended(given_id):
+    match ended:
         case None:
             return HordeRefusal(404, "InvalidJobID", f"{what} does not exist.")
         case End.ABORTED:

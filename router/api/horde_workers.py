@@ -184,7 +184,7 @@ async def remove(request: Request, worker_id: str) -> Response:
     try:
         named = await _own(core, request, worker_id)
         session = core.pull_gate.session_of(named.worker_id)
-        if session is not None and session.worker.busy:
+        if await pull_records.has_job(core.database, named.worker_id):
             raise HordeRefusal(
                 423,
                 "Locked",

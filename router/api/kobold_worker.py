@@ -134,22 +134,23 @@ async def submit(request: Request) -> Response:
         text = body.get("generation")
         if not isinstance(text, str):
             raise BadRequest("generation must be a text", param="generation")
-        held = core.pull_gate.handed_out.get(given_id)
-        if held is None:
-            return _over(core, given_id)
-        name = held.session.offered.name
-        if await _owner(core, request, name, password) != held.session.owner_hash:
+        name, ended = await core.pull_submits.name_of(given_id)
+        if name is None:
+            return _over(given_id, ended)
+        owner_hash = await _owner(core, request, name, password)
+        word = await core.pull_submits.submit(given_id, owner_hash, text)
+        if word.wrong_owner:
             return _wrong(core, request, name)
-        if await held.session.answered(held, text) is None:
-            return _over(core, given_id)
+        if word.earned_msat is None:
+            return _over(given_id, word.ended)
         return answer({"reward": len(text.split())})
     except Exception as error:
         return refusal(error, request)
 
 
-def _over(core: Core, given_id: str) -> Response:
+def _over(given_id: str, ended: End | None) -> Response:
     what = f"Processing Generation with ID {given_id[:40]}"
-    match core.pull_gate.handed_out.ended(given_id):
+    match ended:
         case None:
             return answer(f"{what} does not exist", status=404)
         case End.ABORTED:
