@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -26,7 +26,7 @@ AGAIN_S = 1.0
 # How long an answer is kept for whoever has not heard it.
 KEPT_S = 60.0
 
-Answer = Callable[[list[Any]], Awaitable[Any]]
+Answer = Callable[[list[Any]], Coroutine[Any, Any, Any]]
 
 
 class NoAnswer(Exception):

@@ -24,6 +24,7 @@ from typing import Any
 from router.database import TRANSIENT, Database, DatabaseUnavailable
 from router.market import Market
 from router.models import Models
+from router.queenbee_models import Offers
 from router.relay import Relay
 from router.workers import FarWorkers, Worker
 from worker.protocol import ServedModel
@@ -263,12 +264,13 @@ class Presence:
         self.on_change()
 
     def _summary(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[int, Any], list[Worker]] = {}
+        groups: dict[tuple[int, Any, str | None], list[Worker]] = {}
         for worker in self._fleet.all():
             if not worker.draining:
                 # Workers whose models have the same limits share the set of their lanes.
                 floors = tuple(sorted(worker.floors.items()))
-                groups.setdefault((id(worker.lanes), floors), []).append(worker)
+                offers = repr(worker.offers.as_json()) if worker.offers is not None else None
+                groups.setdefault((id(worker.lanes), floors, offers), []).append(worker)
         return [_group(workers) for workers in groups.values()]
 
 
@@ -289,6 +291,7 @@ def _group(workers: list[Worker]) -> dict[str, Any]:
         "speeds": _rounded(max, workers, "speeds"),
         "service_s": _rounded(_mean, workers, "service_s"),
         "floors": workers[0].floors,
+        "offers": workers[0].offers.as_json() if workers[0].offers is not None else None,
     }
 
 
@@ -306,10 +309,14 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _far_workers(router_id: str, index: int, group: dict[str, Any]) -> FarWorkers:
+    models = [ServedModel.model_validate(model) for model in group["models"]]
+    # A router of another version may not say what its workers would serve besides.
+    offers = group.get("offers")
     return FarWorkers(
         id=f"{router_id}/{index}",
         name=None,
-        models=[ServedModel.model_validate(model) for model in group["models"]],
+        models=models,
+        offers=Offers.read(offers, (model.id for model in models)) if offers else None,
         slots=group["slots"],
         payable=True,
         ln_url=None,

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from coincurve import PublicKeyXOnly
@@ -18,15 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router import workers
 from router.demands import Traits, read_version
-from router.queenbee_models import FAST_EMBED, Hardware, is_repository, name_for
+from router.queenbee_models import (
+    CONTEXT,
+    EMBED,
+    EMBED_CONTEXT,
+    FAST_EMBED,
+    INFER,
+    Hardware,
+    Offers,
+    name_for,
+)
 from router.sessions import Applicant
 from worker.protocol import ModelKind, ServedModel
 
-INFER, EMBED, PAINT = "llama-infer", "fast-embed", "sdxl"
-# What an embedded llama server gives a context when nobody says otherwise, and what fits
-# fastembed's models (QB-P14).
-CONTEXT, EMBED_CONTEXT, IMAGE_CONTEXT = 2048, 512, 8192
-GPUTOPIA = "gputopia/"
 NOT_PAID = "DONT_PAY_ME"
 MOST_MODELS = 200
 # What the worker fills in after it has signed, and what stood there when it did.
@@ -204,25 +208,10 @@ def _from_base64(text: Any) -> bytes:
         raise ValueError("not base64") from error
 
 
-def offers(registration: QueenBeeRegistration) -> Callable[[ModelKind, str], ServedModel | None]:
-    """What else than the listed models it would serve: given a kind and a name, under that name."""
-    listed = [name for name in registration.models or [] if not name.startswith(FAST_EMBED)]
-    hardware, can = registration.hardware, registration.can
-
-    def offer(kind: ModelKind, model: str) -> ServedModel | None:
-        if model.startswith(FAST_EMBED):
-            fits = kind is ModelKind.EMBEDDING and EMBED in can
-            return _served(kind, model, EMBED_CONTEXT) if fits else None
-        if kind is ModelKind.IMAGE:
-            # Its owner has said that it can; names of both forms are fetched (QB-P15).
-            fits = PAINT in can and (model.startswith(GPUTOPIA) or is_repository(model))
-            return _served(kind, model, IMAGE_CONTEXT) if fits else None
-        if kind not in (ModelKind.TEXT, ModelKind.EMBEDDING) or INFER not in can:
-            return None
-        fits = name_for(model, listed, hardware) is not None
-        return _served(kind, model, CONTEXT) if fits else None
-
-    return offer
+def offers(registration: QueenBeeRegistration) -> Offers:
+    """What else than the listed models it would serve."""
+    listed = tuple(name for name in registration.models or [] if not name.startswith(FAST_EMBED))
+    return Offers(listed, registration.hardware, registration.can)
 
 
 def own_name(registration: QueenBeeRegistration, model: str) -> str:
@@ -230,7 +219,3 @@ def own_name(registration: QueenBeeRegistration, model: str) -> str:
     if model.startswith(FAST_EMBED):
         return model
     return name_for(model, registration.models or [], registration.hardware) or model
-
-
-def _served(kind: ModelKind, model: str, context: int) -> ServedModel:
-    return ServedModel(id=model, kind=kind, context_length=context)

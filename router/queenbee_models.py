@@ -6,10 +6,19 @@ model (QB-R7, QB-P23). The size of a model is read from its name (QB-R8).
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from worker.protocol import ModelKind, ServedModel
+
+INFER, EMBED, PAINT = "llama-infer", "fast-embed", "sdxl"
+# What an embedded llama server gives a context when nobody says otherwise, and what fits
+# fastembed's models (QB-P14).
+CONTEXT, EMBED_CONTEXT, IMAGE_CONTEXT = 2048, 512, 8192
+GPUTOPIA = "gputopia/"
 UNKNOWN_SIZE = 13.0
 # Bytes for each parameter, by the digit of the quantisation.
 _QUANTS = {2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 8: 1.0}
@@ -23,6 +32,8 @@ FAST_EMBED = "fastembed:"
 # A worker that nearly holds a model offloads the rest of its layers ("close", QB-R7).
 _NEARLY = 1.2
 _WEB_WORKER_RAM = 8e9
+# No model is larger (`model_size`); a web worker with enough memory for any says so.
+_ANY_SIZE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,71 @@ class Hardware:
         return (
             largest_mb > size * 1000 and self.ram_bytes > need_bytes and self.disk_mb > size * 1500
         )
+
+    def largest(self) -> float:
+        """The size below which it holds every model, rounded down to two digits: machines differ
+        in each byte, and are summed up by what they can do."""
+        size = self.ram_bytes / 75e6
+        if self.web:
+            size = _ANY_SIZE if self.ram_bytes > _WEB_WORKER_RAM else size
+        else:
+            most_mb = max(self.nv_mb, self.cl_mb) * _NEARLY
+            size = min(size, most_mb / 1000, self.disk_mb / 1500)
+        if size <= 0:
+            return 0.0
+        step = 10.0 ** (math.floor(math.log10(size)) - 1)
+        return min(math.floor(size / step) * step, _ANY_SIZE)
+
+    @classmethod
+    def that_holds(cls, largest: float, *, web: bool) -> Hardware:
+        """A machine of which this is the largest size."""
+        return cls(
+            nv_mb=largest * 1000 / _NEARLY,
+            ram_bytes=largest * 75e6,
+            disk_mb=largest * 1500,
+            web=web,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """What a worker would serve that it has not listed: called with a kind and a name, it gives the
+    model under that name, or None."""
+
+    listed: tuple[str, ...]
+    hardware: Hardware
+    can: frozenset[str]
+
+    def __call__(self, kind: ModelKind, model: str) -> ServedModel | None:
+        if model.startswith(FAST_EMBED):
+            fits = kind is ModelKind.EMBEDDING and EMBED in self.can
+            return _served(kind, model, EMBED_CONTEXT) if fits else None
+        if kind is ModelKind.IMAGE:
+            # Its owner has said that it can; names of both forms are fetched (QB-P15).
+            fits = PAINT in self.can and (model.startswith(GPUTOPIA) or is_repository(model))
+            return _served(kind, model, IMAGE_CONTEXT) if fits else None
+        if kind not in (ModelKind.TEXT, ModelKind.EMBEDDING) or INFER not in self.can:
+            return None
+        fits = name_for(model, self.listed, self.hardware) is not None
+        return _served(kind, model, CONTEXT) if fits else None
+
+    def as_json(self) -> dict[str, Any]:
+        """As other routers are told of it: alike for workers that would serve the same."""
+        return {
+            "largest": self.hardware.largest(),
+            "web": self.hardware.web,
+            "can": sorted(self.can & {INFER, EMBED, PAINT}),
+        }
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any], listed: Iterable[str]) -> Offers:
+        """What another router has said, of workers that list these names."""
+        hardware = Hardware.that_holds(said["largest"], web=said["web"])
+        return cls(tuple(listed), hardware, frozenset(said["can"]))
+
+
+def _served(kind: ModelKind, model: str, context: int) -> ServedModel:
+    return ServedModel(id=model, kind=kind, context_length=context)
 
 
 def model_size(name: str) -> float:

@@ -12,7 +12,7 @@ it begins an attempt for each (`router.attempts.Attempts.begin`) and ends it, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from router.demands import ANYBODY, Traits, read_version
 from router.job_records import Claimed
+from router.queenbee_models import Offers
 from router.workers import Worker
 from worker.protocol import ModelKind, Refused, Registration, ServedModel
 
@@ -78,7 +79,7 @@ class Applicant:
     holding: list[tuple[str, int]] = field(default_factory=list)
     pulls: bool = False
     min_fees: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    offers: Callable[[ModelKind, str], ServedModel | None] | None = None
+    offers: Offers | None = None
     traits: Traits = ANYBODY
 
 

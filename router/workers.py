@@ -21,6 +21,7 @@ from billing.accounts import new_id
 from router import demands
 from router.demands import Traits
 from router.lanes import ANY_MODEL, BASE_EDGES, Edges, answer_limit, drained_by, holds, model_of
+from router.queenbee_models import Offers
 from router.room import Held, Room
 from router.standing import Standing, average
 from worker.protocol import ModelKind, ServedModel
@@ -61,7 +62,7 @@ class Worker:
     told_to_drain: bool = False
     pulls: bool = False
     resting: bool = False
-    offers: Callable[[ModelKind, str], ServedModel | None] | None = None
+    offers: Offers | None = None
     traits: Traits = demands.ANYBODY
     stands_for: int = 1
     busy: set[str] = field(default_factory=set)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.queenbee import QueenBeeRegistration, offers
-from router.queenbee_models import Hardware, canonical, is_same, model_size, name_for
+from router.queenbee_models import Hardware, Offers, canonical, is_same, model_size, name_for
 from tests.workerbee import LARGE, SMALL, registration_031, wiki_registration
 from worker.protocol import ModelKind
 
@@ -100,3 +100,32 @@ def test_a_worker_serves_what_its_capabilities_say():
     embeds = offers(QueenBeeRegistration.model_validate(registration_031(capabilities=can)))
     assert embeds(ModelKind.EMBEDDING, fast) and embeds(ModelKind.TEXT, fast) is None
     assert embeds(ModelKind.TEXT, SMALL) is None
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [CARDS, NONE, Hardware(ram_bytes=16e9, web=True), Hardware(ram_bytes=1e9, web=True)],
+)
+def test_other_routers_are_told_what_a_worker_would_serve(hardware: Hardware):
+    """Rounded down: what a worker is offered elsewhere it can hold, and nearly all that it can."""
+    here = Offers(("r/m-7b:Q8",), hardware, frozenset({"llama-infer", "sdxl"}))
+    told = Offers.read(here.as_json(), here.listed)
+    for name in (
+        SMALL,
+        LARGE,
+        "r/m-7b:Q8_0",
+        "vicuna-7B-q4",
+        "webgpu/vicuna-v1-7b-q4f32_0",
+        "gpt-4",
+    ):
+        for kind in (ModelKind.TEXT, ModelKind.IMAGE, ModelKind.EMBEDDING):
+            assert told(kind, name) == here(kind, name), (kind, name)
+    sizes = [0.1 * n for n in range(1, 2000)]
+    holds = [size for size in sizes if hardware.holds(size)]
+    told_of = [size for size in sizes if told.hardware.holds(size)]
+    assert set(told_of) <= set(holds) and len(told_of) >= 0.9 * len(holds)
+
+
+def test_machines_that_differ_in_a_byte_are_one_sum():
+    machines = [Hardware(nv_mb=24_576, ram_bytes=32e9 + n, disk_mb=500_000.0 - n) for n in range(5)]
+    assert len({machine.largest() for machine in machines}) == 1
