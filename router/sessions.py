@@ -12,7 +12,7 @@ it begins an attempt for each (`router.attempts.Attempts.begin`) and ends it, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -123,5 +123,12 @@ _CAPABILITIES = {
 
 def native_traits(registration: Registration) -> Traits:
     """What a worker of ours is to somebody who filters as at QueenBee."""
-    can = {_CAPABILITIES[m.kind] for m in registration.models if m.kind in _CAPABILITIES}
-    return Traits(version=read_version(registration.worker_version), capabilities=frozenset(can))
+    return Traits(
+        version=read_version(registration.worker_version),
+        capabilities=capabilities_of(registration.models),
+    )
+
+
+def capabilities_of(models: Iterable[ServedModel]) -> frozenset[str]:
+    """In QueenBee's words what workers of these models can do."""
+    return frozenset(_CAPABILITIES[m.kind] for m in models if m.kind in _CAPABILITIES)

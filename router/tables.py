@@ -246,6 +246,9 @@ class WorkerRow(SQLModel, table=True):
     """
 
     __tablename__ = "workers"
+    __table_args__ = (
+        Index("workers_connected", "router_id", postgresql_where=text("router_id is not null")),
+    )
     id: str = Field(sa_column=Column(Text, primary_key=True))
     key_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False, unique=True))
     router_id: str | None = Field(default=None, sa_column=Column(Text))

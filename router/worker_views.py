@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,8 +14,11 @@ from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
 from router.core import Core
 from router.job_views import time_text
+from router.queenbee_models import INFER
+from router.sessions import capabilities_of
 from router.skips import Skip, skips
 from router.workers import Worker, hash_worker_key
+from worker.protocol import ServedModel
 
 PAYOUTS_SHOWN = 20
 EVENTS_SHOWN = 20
@@ -206,27 +210,43 @@ def stats(core: Core) -> dict[str, int]:
     }
 
 
+# Those at other routers are named in the database some seconds after they have come.
+_DETAILS = """
+select w.id, w.router_id, w.hardware, w.models, w.speeds, w.jobs_done,
+    exists (select 1 from jobs j where j.state = 'running' and j.worker_id = w.id) as busy
+from workers w where w.id = any($1::text[]) or w.router_id is not null and w.router_id <> $2
+    and ($3::text is null or w.id = $3 or w.hardware ->> 'pubkey' = $3)"""
+
+
 async def detail(core: Core, name: str | None) -> list[dict[str, Any]]:
-    """What workers connected here are, without who they are (QB-R18). `name`: a public id or a verified
+    """What the market's workers are, without who they are (QB-R18). `name`: a public id or a verified
     key; None: all of them."""
-    workers = [w for w in core.fleet.all() if name is None or name in w.traits.names]
+    here = {w.id: w for w in core.fleet.all() if name is None or name in w.traits.names}
     async with core.database.connection() as connection:
-        rows = await connection.fetch(
-            "select id, hardware, jobs_done from workers where id = any($1::text[])",
-            [worker.id for worker in workers],
-        )
-    known = {row["id"]: row for row in rows}
-    return [_detail(worker, known[worker.id]) for worker in workers if worker.id in known]
+        rows = await connection.fetch(_DETAILS, list(here), core.router_id, name)
+    return [
+        _detail(row, here.get(row["id"]))
+        for row in rows
+        if row["id"] in here or core.presence.is_connected(row)
+    ]
 
 
-def _detail(worker: Worker, row: Any) -> dict[str, Any]:
+def _detail(row: Any, live: Worker | None) -> dict[str, Any]:
     hardware = json.loads(row["hardware"])
+    speeds = live.speeds if live else json.loads(row["speeds"])
     return {
         "worker_version": hardware.get("worker_version"),
-        "capabilities": sorted(worker.traits.capabilities),
+        "capabilities": sorted(live.traits.capabilities if live else _capabilities(row, hardware)),
         "gpu_cnt": hardware.get("nv_gpu_count")
         or max(len(hardware.get(cards) or ()) for cards in ("nv_gpus", "cl_gpus", "web_gpus")),
-        "perf": round(max(worker.speeds.values()), 1) if worker.speeds else None,
-        "cnt": row["jobs_done"] + worker.done,
-        "busy": bool(worker.busy),
+        "perf": round(max(speeds.values()), 1) if speeds else None,
+        "cnt": row["jobs_done"] + (live.done if live else 0),
+        "busy": bool(live.busy) if live else row["busy"],
     }
+
+
+def _capabilities(row: Any, hardware: dict[str, Any]) -> Iterable[str]:
+    """As its record tells them: in its words, or by what it serves."""
+    models = [ServedModel.model_validate(model) for model in json.loads(row["models"])]
+    said = hardware.get("capabilities")
+    return said if said is not None else capabilities_of(models) or {INFER}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from coincurve import PrivateKey
 
 from tests.door_tools import CHAT
 from tests.nats_tools import nats_if_any
-from tests.reading import until
+from tests.reading import PATIENCE_S, until
 from tests.router_rig import Rig
 from tests.test_two_routers import running_pair
 from tests.workerbee import LARGE, SMALL, registered, registration_031, workerbee
@@ -76,3 +78,42 @@ async def test_a_picture_that_nobody_listed_is_asked_of_a_painter_elsewhere(pair
         assert not await quoted()
     async with workerbee(b, registration_031(capabilities=["llama-infer", "sdxl"])):
         await until(quoted)
+
+
+async def test_the_list_of_workers_is_the_markets(pair):
+    """QB-R18. A worker of another router as its record says; nobody who has gone."""
+    a, b = pair
+    key = PrivateKey()
+    can = ["llama-infer", "sdxl"]
+    registration = registration_031(key=key, capabilities=can)
+
+    async def listed(rig: Rig, count: int, **query: str) -> list[dict[str, Any]] | None:
+        shown = (await rig.http.get("/worker/detail", params=query)).json()
+        return shown if len(shown) == count else None
+
+    async with a.worker() as native, workerbee(b, registration) as bee:
+        shown = [await until(partial(listed, rig, 2)) for rig in pair]
+        by_capabilities = partial(sorted, key=lambda one: one["capabilities"])
+        assert by_capabilities(shown[0]) == by_capabilities(shown[1])
+        # Not in what a client may know of it.
+        assert native.id not in str(shown) and registration["pubkey"] not in str(shown)
+        for rig in pair:
+            (one,) = await until(partial(listed, rig, 1, query=registration["pubkey"]))
+            assert (one["worker_version"], one["capabilities"], one["gpu_cnt"]) == ("0.3.1", can, 1)
+            (one,) = await until(partial(listed, rig, 1, query=native.id))
+            assert one["capabilities"] == ["llama-infer"]
+        payer = await a.bearer()
+        asked = asyncio.create_task(
+            a.http.post("/v1/chat/completions", json=CHAT | {"model": SMALL}, headers=payer)
+        )
+        await bee.job()
+        (one,) = (
+            await a.http.get("/worker/detail", params={"query": registration["pubkey"]})
+        ).json()
+        assert one["busy"]
+        await bee.answer("Done.")
+        assert (await asked).status_code == 200
+    for rig in pair:
+        async with asyncio.timeout(PATIENCE_S):
+            while await listed(rig, 0) is None:
+                await asyncio.sleep(0.02)

@@ -106,8 +106,8 @@ async def stats(request: Request) -> Response:
 
 @router.get("/worker/detail")
 async def detail(request: Request) -> Response:
-    """The connected workers without their identities (QB-R18). `?query=` is a worker's public id or,
-    of a QueenBee worker, its verified public key.
+    """The market's connected workers without their identities (QB-R18). `?query=` is a worker's
+    public id or, of a QueenBee worker, its verified public key.
 
     A worker key is no query here: it would stand in the URL, and so in somebody's log. Anything
     else (QueenBee's `user`, `uid:…`) finds nobody.
