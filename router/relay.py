@@ -111,7 +111,9 @@ class Relay:
             return
         if stream.attempt != attempt or stream.state is not State.RUNNING:
             stream.restart(State.RUNNING, attempt)
-        stream.ending_since = None
+        if self._followed.get(job_id) != router_id:
+            # What another router waited for is not what this one does.
+            stream.ending_since = None
         self._followed[job_id] = router_id
         self.bus.send(router_id, ["follow", job_id, attempt, stream.length, stream.shown])
 
@@ -197,6 +199,10 @@ class Relay:
 
     def _on_ended(self, sender: str, job_id: str) -> None:
         self._followed.pop(job_id, None)
+        stream = self._hub.get(job_id)
+        if stream is not None and stream.outcome is None and stream.ending_since is None:
+            # The database may be away from here alone: readers do not wait for it for ever.
+            stream.ending_since = time.monotonic()
         self.look_soon([job_id])
 
     def _on_elsewhere(self, sender: str, job_id: str) -> None:
