@@ -52,6 +52,8 @@ class Part:
         self._argv = argv
         self._environment = environment
         self._healthy = healthy
+        # What starts it elsewhere than here: a command before its own.
+        self.inside: list[str] = []
         # Not asyncio's: a part outlives the event loop of the test that started it.
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +70,7 @@ class Part:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SATHERD_")}
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [*dying_with_us(), sys.executable, *self._argv],
+                [*self.inside, *dying_with_us(), sys.executable, *self._argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -142,6 +144,7 @@ def router_part(
     folder: Path,
     *,
     port: int,
+    host: str = "127.0.0.1",
     network_url: str | None = None,
     database_url: str | None = None,
     name: str = "router",
@@ -150,6 +153,7 @@ def router_part(
     """A router process; without `database_url` it has a PostgreSQL of its own inside, and without
     `network_url` the settings name a real node."""
     given = {
+        "host": host,
         "port": port,
         "data_dir": folder / name,
         "lnurl_allow_private": "true",
@@ -166,7 +170,7 @@ def router_part(
         given["database_url"] = database_url
     environment = {f"SATHERD_{name.upper()}": str(value) for name, value in given.items()}
     argv = ["-m", "cli.main", "router"]
-    url = f"http://127.0.0.1:{port}/info"
+    url = f"http://{host}:{port}/info"
     return Part(name, folder, argv, environment, lambda: answers(url))
 
 

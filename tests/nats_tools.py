@@ -37,7 +37,8 @@ def nats_command() -> str:
 class NatsServer:
     """One NATS server at a port that stays the same when it is killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, address: str = "127.0.0.1") -> None:
+        self._address = address
         self.port = free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self.kills = 0
@@ -58,7 +59,7 @@ class NatsServer:
                 await asyncio.sleep(0.02)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        argv = [self._command, "--addr", "127.0.0.1", "--port", str(self.port)]
+        argv = [self._command, "--addr", self._address, "--port", str(self.port)]
         with self._log.open("ab") as log:
             return subprocess.Popen([*dying_with_us(), *argv], stdout=log, stderr=log)
 

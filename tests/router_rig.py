@@ -201,10 +201,12 @@ class ScriptedWorker:
 
 
 @asynccontextmanager
-async def running_network(folder: Path) -> AsyncIterator[tuple[Network, str]]:
+async def running_network(
+    folder: Path, *, host: str = "127.0.0.1"
+) -> AsyncIterator[tuple[Network, str]]:
     """A fresh simulated network, and its URL."""
     network = await Network.open(folder / "network")
-    lightning = NetworkServer(network, port=0)
+    lightning = NetworkServer(network, host=host, port=0)
     await lightning.start()
     try:
         yield network, lightning.url
