@@ -22,7 +22,6 @@ stored balance, which a CHECK holds at zero or above; the others are sums.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +39,7 @@ CHECKS = "expenses:checks"
 OPERATOR = "equity:operator"
 
 _LIABILITY = "liabilities:"
+_ESCROW = "liabilities:escrow:"
 
 
 def client(account_id: str) -> str:
@@ -55,7 +55,7 @@ def payer(account_id: str) -> str:
 
 
 def escrow(job_id: str) -> str:
-    return f"liabilities:escrow:{job_id}"
+    return _ESCROW + job_id
 
 
 def worker(worker_id: str) -> str:
@@ -93,87 +93,72 @@ class Entry:
     other_account: str
 
 
-_INSERT = """
-with given as (
+# Of transfers that were posted before nothing moves again. An escrow lives as long as its job: its row
+# goes when it is empty, its transfers stay. Whoever lowers a balance holds its row, so that what is
+# read here is what is changed; rows are raised in name order, as they are locked.
+_POST = """
+with posted as (
+    insert into ledger_transfers (id, debit, credit, amount_msat, code, reference)
     select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[])
-        t(id, debit, credit, amount_msat, code, reference))
-insert into ledger_transfers (id, debit, credit, amount_msat, code, reference)
-select id, debit, credit, amount_msat, code, reference from given
-on conflict (id) do nothing
-returning id"""
+    on conflict (id) do nothing
+    returning id, debit, credit, amount_msat),
+changes as (
+    select account, sum(msat)::bigint as msat
+    from (select debit as account, -amount_msat as msat from posted
+          union all select credit, amount_msat from posted) entry
+    where starts_with(account, 'liabilities:') group by account),
+lower as (
+    select c.account, -c.msat as msat, coalesce(b.balance_msat, 0) as held_msat,
+        starts_with(c.account, 'liabilities:escrow:') and b.balance_msat = -c.msat as empties
+    from changes c left join ledger_balances b on b.account = c.account where c.msat < 0),
+raised as (
+    insert into ledger_balances (account, balance_msat)
+    select account, msat from changes where msat > 0 order by account
+    on conflict (account) do update
+        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat),
+emptied as (
+    delete from ledger_balances b using lower l where b.account = l.account and l.empties),
+lowered as (
+    update ledger_balances b set balance_msat = b.balance_msat - l.msat
+    from lower l where b.account = l.account and not l.empties and l.held_msat >= l.msat)
+select id, null as short, null::bigint as msat, null::bigint as held_msat from posted
+union all
+select null, account, msat, held_msat from lower where held_msat < msat"""
 
 _LOCK = """
 select account, balance_msat from ledger_balances where account = any($1::text[])
 order by account for update"""
 
-# An escrow lives as long as its job: its row goes when it is empty, its transfers stay. The rows that
-# are lowered are locked by now, so that what is empty here will be empty when this is committed.
-_CHANGE = """
-with raised as (
-    insert into ledger_balances (account, balance_msat)
-    select * from unnest($1::text[], $2::bigint[])
-    on conflict (account) do update
-        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat),
-given as (
-    select * from unnest($3::text[], $4::bigint[]) t(account, amount_msat)),
-emptied as (
-    delete from ledger_balances b using given g
-    where b.account = g.account and b.balance_msat = g.amount_msat
-        and b.account like 'liabilities:escrow:%')
-update ledger_balances b set balance_msat = b.balance_msat - g.amount_msat
-from given g
-where b.account = g.account
-    and not (b.balance_msat = g.amount_msat and b.account like 'liabilities:escrow:%')"""
 
-
-async def post(connection: Any, transfers: Sequence[Transfer]) -> set[str]:
+async def post(connection: Any, transfers: Sequence[Transfer], *, locked: bool = False) -> set[str]:
     """Post transfers in the caller's transaction; returns the ids that were not there before.
 
-    Transfers of 0 msat are left out. Safe to repeat. Raises InsufficientFunds, with nothing moved,
-    when a liability would go below zero; the transaction must then be rolled back.
+    `locked`: the caller has locked what is lowered (`lock_balances`). An escrow needs no lock: only
+    who holds the row of its job lowers it. Transfers of 0 msat are left out. Safe to repeat. Raises
+    InsufficientFunds when a liability would go below zero; the transaction must then be rolled back.
     """
-    wanted = {t.id: t for t in transfers if t.amount_msat > 0}
-    if not wanted:
+    rows = list({t.id: t for t in transfers if t.amount_msat > 0}.values())
+    if not rows:
         return set()
-    rows = list(wanted.values())
-    inserted = await connection.fetch(
-        _INSERT,
-        list(wanted),
+    if not locked and any(_needs_lock(t.debit) for t in rows):
+        await lock_balances(connection, [name for t in rows for name in (t.debit, t.credit)])
+    done = await connection.fetch(
+        _POST,
+        [t.id for t in rows],
         [t.debit for t in rows],
         [t.credit for t in rows],
         [t.amount_msat for t in rows],
         [t.code for t in rows],
         [t.reference for t in rows],
     )
-    new = {row["id"] for row in inserted}
-    await _move(connection, [wanted[i] for i in new])
-    return new
+    for row in done:
+        if row["short"] is not None:
+            raise InsufficientFunds(row["short"], row["msat"], row["held_msat"])
+    return {row["id"] for row in done}
 
 
-async def _move(connection: Any, transfers: Iterable[Transfer]) -> None:
-    change: dict[str, int] = defaultdict(int)
-    for transfer in transfers:
-        if transfer.debit.startswith(_LIABILITY):
-            change[transfer.debit] -= transfer.amount_msat
-        if transfer.credit.startswith(_LIABILITY):
-            change[transfer.credit] += transfer.amount_msat
-    # In name order, so that two posts that touch the same accounts cannot deadlock.
-    names = sorted(change)
-    lowered = [n for n in names if change[n] < 0]
-    raised = [n for n in names if change[n] > 0]
-    if lowered:
-        held = await lock_balances(connection, names)
-        for name in lowered:
-            if held.get(name, 0) + change[name] < 0:
-                raise InsufficientFunds(name, -change[name], held.get(name, 0))
-    if names:
-        await connection.execute(
-            _CHANGE,
-            raised,
-            [change[n] for n in raised],
-            lowered,
-            [-change[n] for n in lowered],
-        )
+def _needs_lock(account: str) -> bool:
+    return account.startswith(_LIABILITY) and not account.startswith(_ESCROW)
 
 
 async def lock_balances(connection: Any, accounts: Iterable[str]) -> dict[str, int]:

@@ -440,8 +440,9 @@ class Attempts:
     ) -> None:
         """Write an ending and tell the readers; nothing happens to a job that is not in a state
         for it, except that its readers are told how it ended before."""
+        kind = "cancel" if ending.attempt is None else "end"
         try:
-            ended: Ended | None = await self._certainly("end", ending)
+            ended: Ended | None = await self._certainly(kind, ending)
             if ended is not None:
                 self.tally.count(ending, ended)
                 self.tell_ended(ending.job_id, _outcome(ending, ended, running, answer))

@@ -177,6 +177,31 @@ class Database:
         raise DatabaseUnavailable("too many deadlocks in a row")
 
 
+Batch = dict[str, list[tuple[Any, asyncio.Future]]]
+
+
+class _Group:
+    """Kinds of writes whose turns follow one another, and what waits for the next."""
+
+    def __init__(self, handlers: dict[str, Handler]) -> None:
+        self.handlers = handlers
+        self.waiting: Batch = {kind: [] for kind in handlers}
+        self.some = asyncio.Event()
+        self.turning = False
+
+    def put(self, kind: str, rows: list[tuple[Any, asyncio.Future]]) -> None:
+        self.waiting[kind] += rows
+        self.some.set()
+
+    def take(self, most: int) -> Batch:
+        """What has waited longest, at most so many rows of each kind."""
+        batch = {kind: rows[:most] for kind, rows in self.waiting.items() if rows}
+        self.waiting = {kind: rows[most:] for kind, rows in self.waiting.items()}
+        if not any(self.waiting.values()):
+            self.some.clear()
+        return batch
+
+
 class BatchingWriter:
     """Runs hot writes many at a time: what arrived during the last commit is the next batch.
 
@@ -184,33 +209,34 @@ class BatchingWriter:
     result for each row, in order; a result that is an exception is raised at the caller of that row
     alone, and the handler must not have changed anything for it. A turn is one transaction; callers
     go on after its commit. A turn that fails is run again row by row, so that one bad row does not
-    fail its neighbours. One writer per process: two would split the batches and be slower.
+    fail its neighbours.
+
+    Kinds of one group share their turns, one after the other. Groups take theirs at the same time: a
+    turn is mostly waiting for PostgreSQL. Two that want the same rows are best in one group.
     """
 
-    def __init__(
-        self, database: Database, handlers: dict[str, Handler], *, most: int = 512
-    ) -> None:
+    def __init__(self, database: Database, *groups: dict[str, Handler], most: int = 512) -> None:
         self._database = database
-        self._handlers = handlers
         self._most = most
-        self._waiting: dict[str, list[tuple[Any, asyncio.Future]]] = {k: [] for k in handlers}
-        self._some = asyncio.Event()
-        self._turning = False
-        self._task: asyncio.Task | None = None
+        self._groups = [_Group(group) for group in groups]
+        self._group_of = {kind: group for group in self._groups for kind in group.handlers}
+        self._tasks: list[asyncio.Task] = []
         self.turns = 0
         self.rows = 0
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="batching-writer")
+        self._tasks = [
+            asyncio.create_task(self._run(group), name="batching-writer") for group in self._groups
+        ]
 
     async def stop(self) -> None:
         """Finish what is waiting, then stop."""
         # A turn that is under way has taken its rows already: its commit is waited for as well.
-        while self._turning or any(self._waiting.values()):
+        while any(group.turning or any(group.waiting.values()) for group in self._groups):
             await asyncio.sleep(0.01)
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def write(self, kind: str, row: Any) -> Any:
         """Run one write and return its result after the commit.
@@ -219,8 +245,7 @@ class BatchingWriter:
         whether the write happened, and the caller must ask the database before it acts on it.
         """
         future = asyncio.get_running_loop().create_future()
-        self._waiting[kind].append((row, future))
-        self._some.set()
+        self._group_of[kind].put(kind, [(row, future)])
         # A caller that goes away cancels only this future: the row stays, and is written.
         return await future
 
@@ -228,31 +253,26 @@ class BatchingWriter:
         """Run many writes of one kind, as `write` does each; an error stands in its row's place."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in rows]
-        self._waiting[kind] += zip(rows, futures, strict=True)
-        self._some.set()
+        self._group_of[kind].put(kind, list(zip(rows, futures, strict=True)))
         return await asyncio.gather(*futures, return_exceptions=True)
 
-    async def _run(self) -> None:
+    async def _run(self, group: _Group) -> None:
         while True:
-            await self._some.wait()
-            self._some.clear()
-            batch = {}
-            for kind, rows in self._waiting.items():
-                if rows:
-                    batch[kind], self._waiting[kind] = rows[: self._most], rows[self._most :]
-                    if self._waiting[kind]:
-                        self._some.set()
+            await group.some.wait()
+            batch = group.take(self._most)
             if batch:
                 self.turns += 1
-                self._turning = True
+                group.turning = True
                 try:
-                    await self._turn(batch)
+                    await self._turn(group, batch)
                 finally:
-                    self._turning = False
+                    group.turning = False
 
-    async def _turn(self, batch: dict[str, list[tuple[Any, asyncio.Future]]]) -> None:
+    async def _turn(self, group: _Group, batch: Batch) -> None:
         try:
-            results = await self._together({k: [r for r, _ in rows] for k, rows in batch.items()})
+            results = await self._together(
+                group, {kind: [row for row, _ in rows] for kind, rows in batch.items()}
+            )
         except DatabaseUnavailable as error:
             for rows in batch.values():
                 for _, future in rows:
@@ -264,24 +284,26 @@ class BatchingWriter:
                 log.warning("batch of %d writes failed, running them singly: %r", size, error)
             for kind, rows in batch.items():
                 for row, future in rows:
-                    await self._alone(kind, row, future)
+                    await self._alone(group, kind, row, future)
             return
         for kind, rows in batch.items():
             self.rows += len(rows)
             for (_, future), result in zip(rows, results[kind], strict=True):
                 _resolve(future, result)
 
-    async def _together(self, batch: dict[str, list[Any]]) -> dict[str, Sequence[Any]]:
+    async def _together(
+        self, group: _Group, batch: dict[str, list[Any]]
+    ) -> dict[str, Sequence[Any]]:
         results = {}
         async with self._database.transaction() as connection:
             for kind, rows in batch.items():
-                results[kind] = await self._handlers[kind](connection, rows)
+                results[kind] = await group.handlers[kind](connection, rows)
         return results
 
-    async def _alone(self, kind: str, row: Any, future: asyncio.Future) -> None:
+    async def _alone(self, group: _Group, kind: str, row: Any, future: asyncio.Future) -> None:
         for attempt in range(TRIES):
             try:
-                result = (await self._together({kind: [row]}))[kind][0]
+                result = (await self._together(group, {kind: [row]}))[kind][0]
             except TRANSIENT:
                 await asyncio.sleep(random.uniform(0, 0.02) * 2**attempt)
                 continue

@@ -234,6 +234,7 @@ async def _end_round(
     if happened:
         await _clear(connection, happened)
         await ledger.post(connection, [t for row, now in happened for t in _settle(row, now)])
+        await _raise_limits(connection, happened)
     return [None if now is None else _ended(row, now) for row, now in done]
 
 
@@ -289,7 +290,7 @@ def _settle(row: Ending, now: Any) -> list[Transfer]:
 
 
 async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """Bring what hangs on ended jobs in line: queue, blame, chunks, webhooks, limits of keys."""
+    """Bring what hangs on ended jobs in line: queue, blame, chunks, webhooks."""
     waited = [row.job_id for row, _ in happened if row.event in (Event.CANCEL, Event.EXPIRE)]
     if waited:
         await job_queue.remove(connection, waited)
@@ -305,10 +306,18 @@ async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
     ]
     if hooks:
         await webhook_store.add(connection, hooks)
+
+
+async def _raise_limits(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
+    """Give back to keys what their jobs did not cost.
+
+    After the refunds, which lock the accounts of these keys: so do submissions, before they spend.
+    """
     given_back: dict[str, int] = defaultdict(int)
     for row, now in happened:
-        if now["key_id"]:
-            given_back[now["key_id"]] += _escrow_msat(now) - row.charge_msat
+        refund_msat = _escrow_msat(now) - row.charge_msat
+        if now["key_id"] and refund_msat:
+            given_back[now["key_id"]] += refund_msat
     for key_id, amount_msat in given_back.items():
         await accounts.spend(connection, key_id, -amount_msat)
 

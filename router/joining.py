@@ -83,16 +83,13 @@ def join(
     models = Models(fleet)
     hub = StreamHub()
     market = Market(database, models)
+    end_many = partial(job_store.end_many, wipe_after_s=settings.wipe_after_s)
     writer = BatchingWriter(
         database,
-        {
-            "submit": job_submits.submit_many,
-            "claim": job_store.claim_many,
-            "end": lambda connection, rows: job_store.end_many(
-                connection, rows, wipe_after_s=settings.wipe_after_s
-            ),
-            "give_back": job_store.give_back_many,
-        },
+        {"submit": job_submits.submit_many},
+        # A cancel that meets a claim of the same job comes before it or after it.
+        {"claim": job_store.claim_many, "cancel": end_many},
+        {"end": end_many, "give_back": job_store.give_back_many},
     )
     attempts = Attempts(
         database,

@@ -36,10 +36,12 @@ async def note(connection: Any, rows: list[tuple[int, str]]) -> list[Any]:
 
 
 @asynccontextmanager
-async def writing(database: Database, **handlers: Any) -> AsyncIterator[BatchingWriter]:
+async def writing(
+    database: Database, *groups: dict[str, Any], **handlers: Any
+) -> AsyncIterator[BatchingWriter]:
     async with database.connection() as connection:
         await connection.execute("create table noted (id int primary key, what text not null)")
-    writer = BatchingWriter(database, handlers or {"note": note})
+    writer = BatchingWriter(database, *(groups or [handlers or {"note": note}]))
     writer.start()
     try:
         yield writer
@@ -118,6 +120,31 @@ async def test_several_kinds_share_one_transaction(database: Database):
     assert well == 1
     assert type(ill).__name__ == "DivisionByZeroError"
     assert await noted(database) == [1]
+
+
+async def test_a_group_does_not_wait_for_the_turn_of_another(database: Database):
+    met = asyncio.Barrier(2)
+
+    async def meets(connection: Any, rows: list[Any]) -> Sequence[Any]:
+        results = await note(connection, rows)
+        await met.wait()
+        return results
+
+    async with writing(database, {"note": meets}, {"other": meets}) as writer:
+        both = asyncio.gather(writer.write("note", (1, "x")), writer.write("other", (2, "x")))
+        assert await asyncio.wait_for(both, PATIENCE_S) == [1, 2]
+    assert await noted(database) == [1, 2]
+
+
+async def test_stop_waits_for_the_turns_of_all_groups(database: Database):
+    async with writing(database, {"note": note}, {"other": note}) as writer:
+        waiting = [
+            asyncio.create_task(writer.write(kind, (number, "x")))
+            for number, kind in enumerate(["note", "other", "note", "other"])
+        ]
+        await asyncio.sleep(0)
+    assert all(task.done() for task in waiting)
+    assert await noted(database) == [0, 1, 2, 3]
 
 
 async def test_a_caller_that_goes_away_leaves_its_row_to_be_written(database: Database):

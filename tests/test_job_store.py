@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from typing import Any
@@ -84,6 +85,39 @@ async def test_the_same_order_many_times_needs_the_balance_for_one(database: Dat
         # Refused together, too.
         both = await submit(connection, order(account_id, key="x"), order(account_id, key="x"))
         assert all(isinstance(result, NotEnoughBalance) for result in both)
+
+
+async def test_an_ending_and_a_submission_of_the_same_key_do_not_wait_for_each_other(
+    database: Database,
+):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        key_id, _ = await accounts.create_key(connection, account_id, limit_msat=9 * OFFER_MSAT)
+        running = Submission(new_quote(), account_id, key_id)
+        await submit(connection, running)
+        job_id = running.quote.jobs[0].id
+        assert await claim(connection, job_id)
+
+    async def end_it() -> Any:
+        async with database.transaction() as connection:
+            return await end(connection, Ending(job_id, Event.FINISH, "stop", 1, charge_msat=1000))
+
+    async with database.transaction() as connection:
+        # What a submission does first.
+        await ledger.lock_balances(connection, [ledger.client(account_id)])
+        ending = asyncio.create_task(end_it())
+        async with asyncio.timeout(10):
+            while not await connection.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0)
+        # And what it does then: were the ending there before it, PostgreSQL would end one of them.
+        (done,) = await submit(connection, Submission(new_quote(), account_id, key_id))
+        assert isinstance(done, Submitted)
+    assert await ending
+    async with database.connection() as connection:
+        (key,) = await accounts.list_keys(connection, account_id)
+        assert key.spent_msat == 1000 + OFFER_MSAT
 
 
 async def test_an_order_that_could_not_be_paid_may_be_repeated_once_it_can(database: Database):
