@@ -8,10 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from billing.invoices import Clock, Credit, Transaction, record_settlement, utc_now
+from billing.invoices import (
+    Clock,
+    Credit,
+    Purpose,
+    State,
+    Transaction,
+    record_settlement,
+    utc_now,
+)
 from billing.lightning import BackendError, InvoiceState, LightningBackend, Settlement
 
 log = logging.getLogger(__name__)
@@ -49,7 +58,20 @@ def _fails_always(error: Exception) -> bool:
     return isinstance(error, ValueError | TypeError | LookupError | AssertionError | RecursionError)
 
 
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What our node says it was paid. `cursor`: where its stream goes on after this; None: it was not
+    heard of by the stream."""
+
+    payment_hash: str
+    received_msat: int
+    settled_at: datetime
+    backend: str
+    cursor: str | None
+
+
 OnCredit = Callable[[Any, Credit], Awaitable[Callable[[], None] | None]]
+AtOnce = Callable[[Receipt], Awaitable[Callable[[], None] | None]]
 
 
 class InvoiceWatcher:
@@ -57,6 +79,9 @@ class InvoiceWatcher:
 
     `on_credit(connection, credit)` runs in the transaction of the credit, so that what a payment
     starts is started with it or not at all; what it returns is called after the commit.
+
+    `at_once(receipt)` does the same for a quote that is paid in time and in full, in fewer steps and
+    a transaction of its own. It returns what to call after that, or None when it has done nothing.
     """
 
     def __init__(
@@ -65,11 +90,13 @@ class InvoiceWatcher:
         backend: LightningBackend,
         on_credit: OnCredit,
         *,
+        at_once: AtOnce | None = None,
         clock: Clock = utc_now,
     ) -> None:
         self._transaction = transaction
         self._backend = backend
         self._on_credit = on_credit
+        self._at_once = at_once
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
         self.stream_alive = False
@@ -163,6 +190,9 @@ class InvoiceWatcher:
         self, payment_hash: str, received_msat: int, settled_at: datetime, cursor: str | None
     ) -> bool:
         """Whether anything was booked by it."""
+        receipt = Receipt(payment_hash, received_msat, settled_at, self._backend.name, cursor)
+        if await self._settle_at_once(receipt):
+            return True
         after = None
         async with self._transaction() as connection:
             credit = await record_settlement(
@@ -182,16 +212,28 @@ class InvoiceWatcher:
                     cursor,
                 )
         if isinstance(credit, Credit):
-            log.info(
-                "invoice settled payment_hash=%s state=%s received_msat=%d purpose=%s",
-                payment_hash,
-                credit.state.value,
-                received_msat,
-                credit.purpose.value,
-            )
+            _log_settled(receipt, credit.state, credit.purpose)
         if after is not None:
             after()
         return credit is not None
+
+    async def _settle_at_once(self, receipt: Receipt) -> bool:
+        """Whether the short way has booked it; if not, nothing has happened."""
+        if self._at_once is None:
+            return False
+        try:
+            after = await self._at_once(receipt)
+        except Exception as error:
+            if not _fails_always(error):
+                raise
+            # Which part of it fails, and whose the money is, is found step by step.
+            log.warning("a quote was not started at once, going step by step: %r", error)
+            return False
+        if after is None:
+            return False
+        _log_settled(receipt, State.PAID, Purpose.QUOTE)
+        after()
+        return True
 
     async def _start(self, connection: Any, credit: Credit) -> Callable[[], None] | None:
         """Start what a payment is for. What cannot be started, now or ever, leaves the money with its
@@ -241,3 +283,13 @@ class InvoiceWatcher:
             except Exception as error:
                 log.warning("invoice poll failed, going on: %r", error)
             await asyncio.sleep(0.05 if busy else 1)
+
+
+def _log_settled(receipt: Receipt, state: State, purpose: Purpose) -> None:
+    log.info(
+        "invoice settled payment_hash=%s state=%s received_msat=%d purpose=%s",
+        receipt.payment_hash,
+        state.value,
+        receipt.received_msat,
+        purpose.value,
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from billing.invoice_watcher import InvoiceWatcher
+from billing.invoice_watcher import InvoiceWatcher, Receipt
 from billing.invoices import Credit, Purpose
 from billing.l402 import MasterSecrets
 from billing.lightning import LightningBackend, NodeInfo
@@ -24,6 +24,7 @@ from billing.withdrawals import Withdrawals
 from router import (
     job_store,
     job_submits,
+    paid_quotes,
     worker_views,
 )
 from router.asks import Asks
@@ -130,6 +131,7 @@ def join(
         database.transaction,
         backend,
         lambda connection, credit: _on_credit(core, connection, credit),
+        at_once=lambda receipt: _start_at_once(core, receipt),
         clock=clock,
     )
     reconciler = Reconciler(
@@ -300,6 +302,12 @@ def _on_work(core: Core) -> None:
     """Something waits for a worker, here or at another router."""
     core.dispatcher.wake()
     core.relay.tell_work()
+
+
+async def _start_at_once(core: Core, receipt: Receipt) -> Callable[[], None] | None:
+    """What `_on_credit` does for a quote paid in time and in full, with the credit."""
+    jobs_queued = await paid_quotes.start(core.database, core.models, receipt)
+    return None if jobs_queued is None else partial(core.jobs.queued, jobs_queued)
 
 
 async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:

@@ -14,6 +14,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from billing import ledger
+from router import paid_quotes
 from router.api.kobold_worker import NEW_PER_MINUTE
 from router.dispatcher import MOST_PROBES
 from router.models import MOST_KNOWN
@@ -301,7 +302,11 @@ async def test_a_payment_that_can_start_nothing_is_its_payer_s_and_holds_up_nobo
                 raise fault
             return jobs
 
+        async def at_once(*_: Any) -> None:
+            raise fault
+
         monkeypatch.setattr(router.core.quotes, "on_credit", on_credit)
+        monkeypatch.setattr(paid_quotes, "start", at_once)
         for one in due:
             await router.pay(one["invoice"])
         async with asyncio.timeout(PATIENCE_S):

@@ -1,0 +1,110 @@
+"""The usual settlement in one statement: the invoice of an open quote, paid in time and in full.
+
+Whoever paid waits for this. Step by step (`billing.invoices.record_settlement`, then
+`router.job_submits.start_quote`) it is sixteen round trips to PostgreSQL; here it is a look at what was
+bought and one statement, which is its own transaction. Both ways make the same rows with the same ids
+(tests/test_paid_quotes.py holds them side by side), so whoever comes first by either is the one that
+counts. What is not the usual case, or fails, has changed nothing, and goes step by step.
+"""
+
+from __future__ import annotations
+
+from billing import ledger
+from billing.invoice_watcher import Receipt
+from billing.ledger import Transfer
+from router import job_states
+from router.database import Database
+from router.job_states import Event
+from router.models import Models
+
+_LOOK = """
+select i.account_id as payer, j.id, j.account_id, j.kind, j.model, j.choices, j.spec,
+    j.prompt_tokens, j.max_tokens
+from invoices i join jobs j on j.quote_id = i.reference
+where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.state = any($2::text[])"""
+
+# Everything hangs on the two rows that are locked first: without either nothing happens. Then the
+# guards are those of the steps. The payer's balance changes once, by what the jobs leave of the money;
+# rows come in name order, as they are locked elsewhere. A transfer that was posted before, or a balance
+# below zero, ends it all by a constraint.
+_START = """
+with invoice as (
+    select reference from invoices
+    where payment_hash = $1 and state = 'open' and purpose = 'quote'
+        and amount_msat <= $2 and expires_at >= $3
+    for update),
+quote as (
+    select q.id from quotes q join invoice i on q.id = i.reference where q.state = 'open'
+    for update of q),
+settled as (
+    update invoices set state = 'paid', settled_at = $3, received_msat = $2, next_check_at = null
+    from quote where payment_hash = $1),
+opened as (
+    update quotes q set state = 'paid', request = null from quote where q.id = quote.id),
+started as (
+    update jobs j set state = $4, seq = nextval('queue_seq'), queued_at = now(),
+        wait_ends_at = now() + make_interval(secs => j.max_wait_s)
+    from quote, unnest($6::text[], $7::text[], $8::text[]) t(job_id, escrow, hold_id)
+    where j.id = t.job_id and j.quote_id = quote.id and j.state = any($5::text[])
+    returning j.id, j.held_msat, j.multiplier_milli, j.seq, t.escrow, t.hold_id),
+queued as (
+    insert into queue (job_id, lane, multiplier_milli, seq)
+    select s.id, l.lane, s.multiplier_milli, s.seq
+    from started s join unnest($9::text[], $10::text[]) l(job_id, lane) on l.job_id = s.id
+    on conflict do nothing),
+posted as (
+    insert into ledger_transfers (id, debit, credit, amount_msat, code, reference)
+    select $11::text, $12::text, $13::text, $2::bigint, 'received', $1::text from quote
+    union all
+    select hold_id, $13::text, escrow, held_msat, 'hold', id from started where held_msat > 0),
+raised as (
+    insert into ledger_balances (account, balance_msat)
+    select account, msat from (
+        select $13::text, $2::bigint - (select coalesce(sum(held_msat), 0)::bigint from started)
+        from quote
+        union all
+        select escrow, held_msat from started where held_msat > 0) t(account, msat)
+    order by account
+    on conflict (account) do update
+        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat),
+followed as (
+    insert into node_cursors (backend, cursor)
+    select $14::text, $15::text from quote where $15::text is not null
+    on conflict (backend) do update set cursor = excluded.cursor)
+select array(select id from started order by seq) as job_ids from quote"""
+
+
+async def start(database: Database, models: Models, receipt: Receipt) -> list[str] | None:
+    """Credit a receipt and start the jobs that it pays for; their ids, once it is committed.
+
+    None: it is not the usual case, and nothing was changed. Raises DatabaseUnavailable, and what
+    PostgreSQL refuses; then nothing was changed either, unless the connection broke.
+    """
+    before = job_states.before(Event.PAY)
+    async with database.connection() as connection:
+        jobs = await connection.fetch(_LOOK, receipt.payment_hash, before)
+        if not jobs or any(job["account_id"] != job["payer"] for job in jobs):
+            return None
+        client = ledger.client(jobs[0]["payer"])
+        received = Transfer(
+            ledger.LIGHTNING, client, receipt.received_msat, "received", receipt.payment_hash
+        )
+        places = [(job["id"], lane) for job in jobs for lane in models.lanes_of(job)]
+        return await connection.fetchval(
+            _START,
+            receipt.payment_hash,
+            receipt.received_msat,
+            receipt.settled_at,
+            job_states.MOVES[Event.PAY][1].value,
+            before,
+            [job["id"] for job in jobs],
+            [ledger.escrow(job["id"]) for job in jobs],
+            [ledger.transfer_id(job["id"], "hold") for job in jobs],
+            [job_id for job_id, _ in places],
+            [lane for _, lane in places],
+            received.id,
+            received.debit,
+            client,
+            receipt.backend,
+            receipt.cursor,
+        )
