@@ -99,6 +99,7 @@ class InvoiceWatcher:
         self._at_once = at_once
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self.stream_alive = False
         # What the node was paid before it was used with these books is not booked: some nodes
         # replay all that they have ever been paid.
@@ -144,6 +145,24 @@ class InvoiceWatcher:
                 status.settled_at or self._clock(),
                 cursor=None,
             )
+
+    async def hear(self, payment_hash: str, *, within_s: float) -> None:
+        """Wait until this process has been told that the invoice is settled, and has recorded it.
+
+        Whoever has paid is often back a moment before the node's stream has told us, and that costs
+        less than asking the node. Without a stream it does not wait.
+        """
+        if not self.stream_alive:
+            return
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(payment_hash, set()).add(told)
+        try:
+            await asyncio.wait((told,), timeout=within_s)
+        finally:
+            waiting = self._waiting.get(payment_hash, set())
+            waiting.discard(told)
+            if not waiting:
+                self._waiting.pop(payment_hash, None)
 
     async def poll_due(self, limit: int = 100) -> int:
         """Ask about the invoices whose time has come; returns how many were asked about."""
@@ -191,31 +210,11 @@ class InvoiceWatcher:
     ) -> bool:
         """Whether anything was booked by it."""
         receipt = Receipt(payment_hash, received_msat, settled_at, self._backend.name, cursor)
-        if await self._settle_at_once(receipt):
-            return True
-        after = None
-        async with self._transaction() as connection:
-            credit = await record_settlement(
-                connection,
-                payment_hash=payment_hash,
-                received_msat=received_msat,
-                settled_at=settled_at,
-                joined_at=self.joined_at,
-            )
-            if isinstance(credit, Credit):
-                after = await self._start(connection, credit)
-            if cursor is not None:
-                await connection.execute(
-                    "insert into node_cursors (backend, cursor) values ($1, $2)"
-                    " on conflict (backend) do update set cursor = excluded.cursor",
-                    self._backend.name,
-                    cursor,
-                )
-        if isinstance(credit, Credit):
-            _log_settled(receipt, credit.state, credit.purpose)
-        if after is not None:
-            after()
-        return credit is not None
+        news = await self._settle_at_once(receipt) or await self._settle_in_steps(receipt)
+        for told in self._waiting.pop(payment_hash, ()):
+            if not told.done():
+                told.set_result(None)
+        return news
 
     async def _settle_at_once(self, receipt: Receipt) -> bool:
         """Whether the short way has booked it; if not, nothing has happened."""
@@ -234,6 +233,31 @@ class InvoiceWatcher:
         _log_settled(receipt, State.PAID, Purpose.QUOTE)
         after()
         return True
+
+    async def _settle_in_steps(self, receipt: Receipt) -> bool:
+        after = None
+        async with self._transaction() as connection:
+            credit = await record_settlement(
+                connection,
+                payment_hash=receipt.payment_hash,
+                received_msat=receipt.received_msat,
+                settled_at=receipt.settled_at,
+                joined_at=self.joined_at,
+            )
+            if isinstance(credit, Credit):
+                after = await self._start(connection, credit)
+            if receipt.cursor is not None:
+                await connection.execute(
+                    "insert into node_cursors (backend, cursor) values ($1, $2)"
+                    " on conflict (backend) do update set cursor = excluded.cursor",
+                    receipt.backend,
+                    receipt.cursor,
+                )
+        if isinstance(credit, Credit):
+            _log_settled(receipt, credit.state, credit.purpose)
+        if after is not None:
+            after()
+        return credit is not None
 
     async def _start(self, connection: Any, credit: Credit) -> Callable[[], None] | None:
         """Start what a payment is for. What cannot be started, now or ever, leaves the money with its

@@ -200,3 +200,49 @@ async def test_told_by_many_at_once_a_payment_counts_once(shop: Rig):
         )
         assert sums["msat"] == told.amount_received_msat
     assert (await shop.books()).in_order
+
+
+async def test_who_is_back_before_the_stream_waits_for_it_and_the_node_is_not_asked(
+    shop: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    watcher = shop.core.watcher
+    back = asyncio.Event()
+    begin, hear = watcher._at_once, watcher.hear
+    assert begin is not None
+
+    async def at_once(told: Receipt) -> Any:
+        await back.wait()
+        return await begin(told)
+
+    async def heard(payment_hash: str, *, within_s: float) -> None:
+        back.set()
+        await hear(payment_hash, within_s=10 * within_s)
+
+    async def check(payment_hash: str) -> None:
+        raise AssertionError("the node was asked")
+
+    monkeypatch.setattr(watcher, "_at_once", at_once)
+    monkeypatch.setattr(watcher, "hear", heard)
+    monkeypatch.setattr(watcher, "check", check)
+    due = await bought(shop)
+    preimage = await shop.pay(due["invoice"])
+    proof = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+    again = await shop.http.post("/jobs", json=JOB | {"n": 2}, headers=proof)
+    assert again.status_code == 202 and len(again.json()["jobs"]) == 2, again.text
+    assert back.is_set() and not watcher._waiting
+
+
+async def test_when_the_stream_says_nothing_the_node_is_asked(
+    shop: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    watcher = shop.core.watcher
+    due = await bought(shop)
+    # Alive, and silent.
+    await watcher.stop()
+    assert watcher.stream_alive
+    preimage = await shop.pay(due["invoice"])
+    assert await shop.query("select 1 from invoices where state = 'open'")
+    proof = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
+    again = await shop.http.post("/jobs", json=JOB | {"n": 2}, headers=proof)
+    assert again.status_code == 202 and len(again.json()["jobs"]) == 2, again.text
+    assert not watcher._waiting

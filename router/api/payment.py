@@ -24,6 +24,8 @@ from billing.lightning import BackendError
 from router.api.middleware import RECEIPT
 from router.core import Core
 
+# How long a client that says it has paid waits for the stream to say so, before the node is asked.
+HEAR_S = 0.2
 # What Horde clients send who have no key.
 ANONYMOUS = "0000000000"
 
@@ -166,7 +168,11 @@ async def _by_claim(core: Core, claim: str) -> Payer:
 
 
 async def _look_again(core: Core, row: Any) -> Any:
-    """Our record may be a moment behind the node: ask it once."""
+    """Our record may be a moment behind the node: wait for its word, then ask it once."""
+    await core.watcher.hear(row["payment_hash"], within_s=HEAR_S)
+    heard = await _invoice(core, "payment_hash", row["payment_hash"])
+    if heard["state"] in _SETTLED:
+        return heard
     try:
         await core.watcher.check(row["payment_hash"])
     except BackendError:
