@@ -18,6 +18,7 @@ frame is read; all run on this machine:
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -34,6 +35,8 @@ from bench.scene import Scene, scene
 
 PATH = "/v1/chat/completions"
 PATIENCE_S = 30.0
+# The seed of a job, and when its worker read of it.
+Assigned = tuple[int | None, float]
 
 
 async def measure(options: Options) -> Sequence[Report]:
@@ -58,14 +61,15 @@ async def settled_to_assigned(stage: Scene, *, seconds: float, warm_up: int = 3)
     seen = Seen()
     answers: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
     paid: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-    async with _worker(stage) as assigned_at:
+    async with _worker(stage) as assigned:
         client = await load.open_client(stage.port, seen, lambda *told: answers.put_nowait(told))
         payer = await _open_payer(stage, paid)
-        until, number = time.perf_counter() + seconds, 0
+        until, number, first_seed = time.perf_counter() + seconds, 0, secrets.randbits(40)
         while time.perf_counter() < until or len(sent_s) < 3:
             number += 1
             # Every request is another one: the same would be answered without paying again.
-            body = orjson.dumps(load.chat_body(max_tokens=8, stream=False) | {"seed": number})
+            seed = first_seed + number
+            body = orjson.dumps(load.chat_body(max_tokens=8, stream=False) | {"seed": seed})
             client.send(load.http_request(PATH, body, {}))
             status, said = await answers.get()
             if status != 402:
@@ -73,7 +77,7 @@ async def settled_to_assigned(stage: Scene, *, seconds: float, warm_up: int = 3)
             body = orjson.dumps({"invoice": orjson.loads(said)["invoice"]})
             sent_at = time.time()
             payer.send(load.http_request("/v1/pay", body, {}))
-            at = await asyncio.wait_for(assigned_at.get(), PATIENCE_S)
+            at = await asyncio.wait_for(_assigned(assigned, seed), PATIENCE_S)
             answered_at, said = await asyncio.wait_for(paid.get(), PATIENCE_S)
             if number > warm_up:
                 settled_s.append(at - orjson.loads(said)["ended_at_s"])
@@ -107,31 +111,39 @@ async def _open_payer(stage: Scene, paid: asyncio.Queue[tuple[float, bytes]]) ->
 
 
 @asynccontextmanager
-async def _worker(stage: Scene) -> AsyncIterator[asyncio.Queue[float]]:
+async def _worker(stage: Scene) -> AsyncIterator[asyncio.Queue[Assigned]]:
     """A worker that notes when it was given a job, and answers it with one token."""
-    assigned_at: asyncio.Queue[float] = asyncio.Queue()
+    assigned: asyncio.Queue[Assigned] = asyncio.Queue()
     async with connect(stage.worker_url, max_size=None, compression=None) as socket:
         await socket.send(load.registration(slots=4, ln_url=f"worker@{stage.ln_host}"))
         await socket.recv()
-        serving = asyncio.create_task(_serve(socket, assigned_at))
+        serving = asyncio.create_task(_serve(socket, assigned))
         try:
-            yield assigned_at
+            yield assigned
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
 
 
-async def _serve(socket: ClientConnection, assigned_at: asyncio.Queue[float]) -> None:
+async def _serve(socket: ClientConnection, assigned: asyncio.Queue[Assigned]) -> None:
     async for message in socket:
         at = time.time()
         frame = orjson.loads(message)
         if frame["type"] != "assign":
             continue
-        assigned_at.put_nowait(at)
+        assigned.put_nowait((frame["job"]["sampling"]["seed"], at))
         of = {"job_id": frame["job_id"], "attempt": frame["attempt"]}
         await socket.send(orjson.dumps({"type": "chunk", **of, "seq": 0, "text": "ok"}).decode())
         done = {"type": "finished", **of, "finish_reason": "stop"}
         await socket.send(orjson.dumps(done).decode())
+
+
+async def _assigned(assigned: asyncio.Queue[Assigned], seed: int) -> float:
+    """When the job with this seed came; what somebody else has bought is passed over."""
+    while True:
+        of, at = await assigned.get()
+        if of == seed:
+            return at
 
 
 async def _commits_and_trips_s(stage: Scene, times: int = 50) -> tuple[list[float], list[float]]:
