@@ -249,6 +249,7 @@ async def _start(core: Core, stack: AsyncExitStack) -> None:
         stack.push_async_callback(_stop, part.stop)
     stack.push_async_callback(core.relay.stop)
     stack.push_async_callback(core.far_calls.stop)
+    stack.callback(core.announcer.stop)
     lost = await patiently(core.maintenance.take_back_own, patience_s=OWN_PATIENCE_S)
     await patiently(core.maintenance.cancel_abandoned, patience_s=OWN_PATIENCE_S)
     if lost:

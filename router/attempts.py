@@ -26,7 +26,7 @@ from router.answer_hash import answer_hash
 from router.charging import NOTHING, Charge, Delivered
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.demands import conditions_of
-from router.job_records import Claimed, Ended, Ending, GiveBack, Resumed
+from router.job_records import Claimed, Ended, Ending, GiveBack, NewJob, Resumed
 from router.job_states import Event, State
 from router.job_stream import JobStream, StreamHub
 from router.job_views import Outcome, outcome_of
@@ -119,6 +119,7 @@ class Attempts:
         self._endings: set[asyncio.Task] = set()
         self.running: dict[str, RunningAttempt] = {}
         self.on_work: Callable[[], None] = lambda: None
+        self.on_queued: Callable[[Sequence[NewJob]], None] = lambda jobs: None
         self.on_started: Callable[[Claimed], None] = lambda claimed: None
         self.tally = Tally()
         self.given = GivenJobs()

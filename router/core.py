@@ -13,6 +13,7 @@ from billing.lightning_address import LightningAddresses
 from billing.payouts import PayoutRunner
 from billing.reconciliation import Reconciler
 from billing.withdrawals import Withdrawals
+from router.announcing import Announcer
 from router.asks import Asks
 from router.attempts import Attempts
 from router.checks import Checks
@@ -74,6 +75,7 @@ class Core:
     relay: Relay
     far_jobs: FarJobs
     far_calls: FarCalls
+    announcer: Announcer
     presence: Presence
     gate: WorkerGate
     projects: Projects

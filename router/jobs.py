@@ -95,7 +95,7 @@ class Jobs:
         if not submitted.repeated:
             log.debug("jobs queued quote=%s jobs=%d", quote.id, len(quote.jobs))
             self._market.touch()
-            self._attempts.on_work()
+            self._attempts.on_queued(quote.jobs)
         return submitted
 
     async def submitted(self, once: tuple[str, str], request_hash: bytes) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from router import (
     paid_quotes,
     worker_views,
 )
+from router.announcing import Announcer
 from router.asks import Asks
 from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
@@ -37,6 +38,7 @@ from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
 from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
+from router.job_records import NewJob
 from router.job_stream import StreamHub
 from router.jobs import Jobs
 from router.key_ring import KeyRing
@@ -242,6 +244,7 @@ def join(
         relay=relay,
         far_jobs=far_jobs,
         far_calls=far_calls,
+        announcer=Announcer(relay.bus, fleet, hub, relay.tell_work),
         presence=presence,
         gate=gate,
         projects=Projects(database, gate, router_id=this_router),
@@ -264,6 +267,8 @@ def join(
         ),
     )
     attempts.on_work = partial(_on_work, core)
+    attempts.on_queued = partial(_on_queued, core)
+    relay.on_claimed = core.announcer.claimed
     relay.on_work = core.dispatcher.wake
     relay.on_come = gate.come_elsewhere
     gate.on_admitted = relay.tell_come
@@ -308,6 +313,12 @@ async def _start_at_once(core: Core, receipt: Receipt) -> Callable[[], None] | N
     """What `_on_credit` does for a quote paid in time and in full, with the credit."""
     jobs_queued = await paid_quotes.start(core.database, core.models, receipt)
     return None if jobs_queued is None else partial(core.jobs.queued, jobs_queued)
+
+
+def _on_queued(core: Core, jobs: Sequence[NewJob]) -> None:
+    """Jobs wait, as they were bought here."""
+    core.dispatcher.wake()
+    core.announcer.queued(jobs)
 
 
 async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:

@@ -50,6 +50,7 @@ class Relay:
         self._wake_later: asyncio.TimerHandle | None = None
         self.look_soon: Callable[[Iterable[str]], None] = lambda job_ids: None
         self.on_work: Callable[[], None] = lambda: None
+        self.on_claimed: Callable[[str], None] = lambda job_id: None
         self.changed = asyncio.Event()
         self.on_come: Callable[[str], None] = lambda worker_id: None
         self.on_hello: Callable[[str, Message], None] = lambda sender, message: None
@@ -156,6 +157,7 @@ class Relay:
 
     def _on_started(self, sender: str, jobs: list[list[Any]]) -> None:
         for job_id, attempt in jobs:
+            self.on_claimed(job_id)
             # Ours no more, if its worker has taken it along.
             self._attempts.moved(job_id, attempt)
             stream = self._hub.get(job_id)
@@ -214,6 +216,7 @@ class Relay:
 
     def _tell_started(self, claimed: Claimed) -> None:
         self._followed.pop(claimed.job_id, None)
+        self.on_claimed(claimed.job_id)
         self.bus.tell_all(["started", [[claimed.job_id, claimed.attempt]]])
 
     def _on_follow(self, sender: str, job_id: str, attempt: int, have: int, shown: bool) -> None:

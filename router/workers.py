@@ -252,6 +252,10 @@ class Fleet:
     def elsewhere(self) -> list[FarWorkers]:
         return [worker for workers in self._elsewhere.values() for worker in workers]
 
+    def routers_elsewhere(self) -> list[str]:
+        """The other routers that have workers."""
+        return list(self._elsewhere)
+
     def everywhere(self) -> list[Worker]:
         """All of the market's workers; those of other routers in sums."""
         return [*self._workers.values(), *self.elsewhere()]
