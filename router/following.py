@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from router.database import DatabaseUnavailable
 from router.errors import AnswerDelayed, JobWiped
@@ -102,7 +102,12 @@ async def follow(
 
 
 async def read(
-    jobs: Jobs, job_id: str, *, after_seq: int | None = None, place_at_once: bool = False
+    jobs: Jobs,
+    job_id: str,
+    *,
+    after_seq: int | None = None,
+    place_at_once: bool = False,
+    wire: Wire | None = None,
 ) -> Reader:
     """A reader at a place in a job, counted until it is closed.
 
@@ -116,11 +121,24 @@ async def read(
         stream, row = await _attach(jobs, job_id)
         if stream is None:
             stored = _stored(row, attempt_had, characters_had)
-    return Reader(jobs, stream, stored, attempt_had, characters_had, place_at_once)
+    return Reader(jobs, stream, stored, attempt_had, characters_had, place_at_once, wire)
+
+
+class Wire(Protocol):
+    """Where a reader's output can go at once, without waking the reader."""
+
+    def ready(self) -> bool:
+        """Whether it would take something now."""
+        ...
+
+    def write(self, events: Sequence[Event]) -> None: ...
 
 
 class Reader:
-    """One reader's place in a job: in a stream in memory, or before the events of a stored answer."""
+    """One reader's place in a job: in a stream in memory, or before the events of a stored answer.
+
+    With a `wire`, output that comes while `next` waits is written there and is none of its events.
+    """
 
     def __init__(
         self,
@@ -130,8 +148,10 @@ class Reader:
         attempt: int,
         characters: int,
         place_at_once: bool,
+        wire: Wire | None,
     ) -> None:
         self._jobs = jobs
+        self._wire = wire
         self._stream = stream
         self._stored = stored
         self._attempt = attempt
@@ -174,9 +194,20 @@ class Reader:
                 if self._has_news(stream):
                     continue
             _refuse_long_wait(self._jobs, stream)
-            await stream.changed()
+            await stream.changed(self._pour if self._wire else None)
             if not self._has_news(stream):
                 return _NOTHING
+
+    def _pour(self) -> bool:
+        """Write new output to the wire; False when there is more to say than output."""
+        stream, wire = self._stream, self._wire
+        if stream is None or wire is None or self._version != stream.version:
+            return False
+        if stream.outcome is not None or not wire.ready():
+            return False
+        if self._index < len(stream.pieces):
+            wire.write(self._chunks(stream))
+        return True
 
     def _news(self, stream: JobStream) -> list[Event]:
         events = []

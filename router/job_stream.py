@@ -13,13 +13,19 @@ over and never shown a mixture of two answers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from router.job_states import State
 from router.job_views import Outcome
 
+log = logging.getLogger(__name__)
+
 ATTEMPT_STEP = 1_000_000_000
+
+# Gives a waiting reader what has been said, at once; False when the reader must be woken to take it.
+Tap = Callable[[], bool]
 
 
 class Piece(NamedTuple):
@@ -38,6 +44,8 @@ class JobStream:
     """The answer of one job so far, and those who wait for more of it."""
 
     __slots__ = (
+        "_tell_later",
+        "_untold",
         "_waiting",
         "attempt",
         "deltas",
@@ -51,12 +59,19 @@ class JobStream:
         "reprices",
         "shown",
         "shown_kept",
+        "spoke",
         "state",
         "utf8_bytes",
         "version",
     )
 
-    def __init__(self, job_id: str, state: State, attempt: int = 0) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        state: State,
+        attempt: int,
+        tell_later: Callable[[JobStream], None],
+    ) -> None:
         self.job_id = job_id
         self.state = state
         self.attempt = attempt
@@ -72,7 +87,10 @@ class JobStream:
         self.ending_since: float | None = None  # since when its ending waits for the database
         self.outcome: Outcome | None = None  # set once the job's ending is committed
         self.version = 0  # grows with every change of state
-        self._waiting: list[asyncio.Future[None]] = []
+        self.spoke = False  # whether it has said something since the hub's last tick
+        self._untold = False
+        self._tell_later = tell_later
+        self._waiting: list[tuple[asyncio.Future[None], Tap | None]] = []
 
     def restart(self, state: State, attempt: int) -> None:
         """A new attempt, or back in the queue: what was said before is void."""
@@ -86,7 +104,7 @@ class JobStream:
         self.wake()
 
     def push(self, text: str, delta: dict[str, Any] | None = None) -> None:
-        """Append output and wake the readers."""
+        """Append output; the readers are told at the end of this turn of the loop, of all at once."""
         if delta is not None:
             self.pieces.append(Piece(self.length, "", delta))
             self.length += 1
@@ -95,8 +113,10 @@ class JobStream:
         if text:
             self.pieces.append(Piece(self.length, text, None))
             self.length += len(text)
-            self.utf8_bytes += len(text.encode())
-        self.wake()
+            self.utf8_bytes += len(text) if text.isascii() else len(text.encode())
+        if not self._untold:
+            self._untold = True
+            self._tell_later(self)
 
     def end(self, outcome: Outcome) -> None:
         """The job has ended and its ending is committed."""
@@ -115,16 +135,29 @@ class JobStream:
         if attempt == self.attempt and pieces <= len(self.pieces):
             self.kept, self.shown_kept = pieces, shown
 
+    def tell(self) -> None:
+        """Give new output to the readers: through their taps, or by waking them."""
+        self._untold = False
+        self.spoke = True
+        waiting, self._waiting = self._waiting, []
+        for future, tap in waiting:
+            if future.done():
+                continue
+            if tap is not None and tap():
+                self._waiting.append((future, tap))
+            else:
+                future.set_result(None)
+
     def wake(self) -> None:
-        for future in self._waiting:
+        for future, _ in self._waiting:
             if not future.done():
                 future.set_result(None)
         self._waiting.clear()
 
-    async def changed(self) -> None:
-        """Wait for the next change, or for the hub's tick."""
+    async def changed(self, tap: Tap | None = None) -> None:
+        """Wait for the next change, or for the hub's tick. Output that `tap` takes wakes nobody."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
+        self._waiting.append((future, tap))
         await future
 
     def text(self) -> str:
@@ -141,6 +174,7 @@ class StreamHub:
 
     def __init__(self) -> None:
         self._streams: dict[str, JobStream] = {}
+        self._untold: list[JobStream] = []
         self._task: asyncio.Task | None = None
 
     def start(self) -> None:
@@ -158,7 +192,7 @@ class StreamHub:
         """The stream of a job that is alive; made when it is not there."""
         stream = self._streams.get(job_id)
         if stream is None:
-            stream = self._streams[job_id] = JobStream(job_id, state, attempt)
+            stream = self._streams[job_id] = JobStream(job_id, state, attempt, self._tell_later)
         return stream
 
     def drop(self, job_id: str) -> None:
@@ -167,14 +201,32 @@ class StreamHub:
     def all(self) -> Iterable[JobStream]:
         return list(self._streams.values())
 
+    def _tell_later(self, stream: JobStream) -> None:
+        # Frames that came together are read in one turn, and what they say goes out together.
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._untold.append(stream)
+
+    def _tell(self) -> None:
+        streams, self._untold = self._untold, []
+        for stream in streams:
+            try:
+                stream.tell()
+            except Exception:
+                log.exception("output could not be passed on job=%s", stream.job_id)
+                stream.wake()
+
     async def _tick(self) -> None:
-        # One timer for all: readers use it to show positions and to keep their lines open.
+        # One timer for all: readers use it to show positions and to keep their lines open, which
+        # output does as well.
         while True:
             await asyncio.sleep(self.TICK_S)
             for stream in self.all():
                 if stream.outcome and not stream.readers:
                     self.drop(stream.job_id)
-                stream.wake()
+                if not stream.spoke:
+                    stream.wake()
+                stream.spoke = False
 
 
 _NOT_SAID = frozenset({"id", "type", "role"})

@@ -12,7 +12,9 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from router.api.direct_write import EXTENSION
 
 # A worker may be deaf for minutes while it loads a model (QB-P21).
 PING_INTERVAL_S = 30.0
@@ -136,6 +138,8 @@ class _Patient(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.scope.setdefault("extensions", {})[EXTENSION] = _DirectWrite(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -144,6 +148,26 @@ class _Patient(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         super().on_message_complete()
+
+
+class _DirectWrite:
+    """`router.api.direct_write.DirectWrite` for one request and its answer."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return not (
+            cycle.flow.write_paused
+            or cycle.disconnected
+            or cycle.response_complete
+            or not cycle.chunked_encoding
+        )
+
+    def write(self, body: bytes) -> None:
+        if body:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class _Server(uvicorn.Server):

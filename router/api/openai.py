@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from router import requests
+from router.api import direct_write, purchase
 from router.api import openai_shapes as shapes
-from router.api import purchase
 from router.api.answers import answer, core_of, noted, read_json
 from router.api.decentralgpt_shapes import SUCCESS
 from router.api.errors import Problem
@@ -172,7 +172,7 @@ async def bought_answer(
         raise BadRequest("the vectors of one answer come from one model", param="models")
     bought = await purchase.buy(core, request, wanted, style)
     if wanted.stream and kind in TEXT_KINDS:
-        return await _streamed(core, wanted, bought)
+        return await _streamed(core, request, wanted, bought)
     ended = await outcomes(core, request, bought)
     jobs = list(zip(bought.job_ids, ended, strict=True))
     headers = shapes.answer_headers(jobs)
@@ -190,8 +190,10 @@ def _whole(wanted: requests.Request, jobs: Sequence[tuple[str, Outcome]]) -> dic
     return body
 
 
-async def _streamed(core: Core, wanted: requests.Request, bought: Purchase) -> Response:
-    stream = AnswerStream(core, wanted, bought)
+async def _streamed(
+    core: Core, request: Request, wanted: requests.Request, bought: Purchase
+) -> Response:
+    stream = AnswerStream(core, wanted, bought, direct_write.of(request.scope))
     try:
         problem = await stream.first_output()
     except BaseException:

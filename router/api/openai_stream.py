@@ -10,6 +10,7 @@ from contextlib import aclosing
 from router import following, requests
 from router.api import openai_shapes as shapes
 from router.api import sse
+from router.api.direct_write import DirectWrite
 from router.api.errors import Problem, problem_of
 from router.api.purchase import Purchase
 from router.api.waiting import abandon
@@ -33,10 +34,17 @@ Told = tuple[int, Sequence[Event | None]]
 class AnswerStream:
     """The jobs of a purchase as one stream of chunks."""
 
-    def __init__(self, core: Core, wanted: requests.Request, bought: Purchase) -> None:
+    def __init__(
+        self,
+        core: Core,
+        wanted: requests.Request,
+        bought: Purchase,
+        direct: DirectWrite | None = None,
+    ) -> None:
         self._core = core
         self._wanted = wanted
         self._bought = bought
+        self._direct = direct
         self._kept: list[JobStream] = []
 
     async def first_output(self) -> Problem | None:
@@ -76,8 +84,7 @@ class AnswerStream:
         """The body of the answer; what is said at one moment goes out together."""
         try:
             writer = _Writer(self._wanted, self._bought)
-            told = _one if len(self._bought.job_ids) == 1 else _several
-            async with aclosing(told(self._core, self._bought.job_ids)) as all_of_them:
+            async with aclosing(self._told(writer)) as all_of_them:
                 async for index, events in all_of_them:
                     if said := writer.write(index, events):
                         yield said
@@ -90,6 +97,24 @@ class AnswerStream:
             yield sse.data(shapes.error_body(problem_of(error)))
         finally:
             await self.close()
+
+    def _told(self, writer: _Writer) -> AsyncGenerator[Told, None]:
+        core, job_ids = self._core, self._bought.job_ids
+        if len(job_ids) > 1:
+            return _several(core, job_ids)
+        return _one(core, job_ids[0], self._direct and _Wire(self._direct, writer))
+
+
+class _Wire:
+    """A reader's way straight to the client's connection, for an answer of one job."""
+
+    def __init__(self, direct: DirectWrite, writer: _Writer) -> None:
+        self._direct = direct
+        self._writer = writer
+        self.ready = direct.ready
+
+    def write(self, events: Sequence[Event]) -> None:
+        self._direct.write(self._writer.write(0, events))
 
 
 class _Writer:
@@ -187,9 +212,9 @@ class _Writer:
         return [self._choices[0].usage(only or shapes.total_usage(jobs)), DONE]
 
 
-async def _one(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told, None]:
-    """The events of a job, as they come."""
-    reader = await following.read(core.jobs, job_ids[0])
+async def _one(core: Core, job_id: str, wire: _Wire | None = None) -> AsyncGenerator[Told, None]:
+    """The events of a job, as they come, but for output that went over the wire."""
+    reader = await following.read(core.jobs, job_id, wire=wire)
     try:
         while not reader.ended:
             yield 0, await reader.next()
@@ -203,7 +228,7 @@ async def _several(core: Core, job_ids: tuple[str, ...]) -> AsyncGenerator[Told,
 
     async def read(index: int, job_id: str) -> None:
         try:
-            async for _, events in _one(core, (job_id,)):
+            async for _, events in _one(core, job_id):
                 queue.put_nowait((index, events))
         except Exception as error:
             queue.put_nowait(error)
