@@ -131,7 +131,7 @@ class Wire(Protocol):
         """Whether it would take something now."""
         ...
 
-    def write(self, events: Sequence[Event]) -> None: ...
+    def write(self, pieces: Sequence[Piece]) -> None: ...
 
 
 class Reader:
@@ -206,7 +206,10 @@ class Reader:
         if stream.outcome is not None or not wire.ready():
             return False
         if self._index < len(stream.pieces):
-            wire.write(self._chunks(stream))
+            pieces = self._unread(stream)
+            if pieces:
+                self._characters = pieces[-1].end
+                wire.write(pieces)
         return True
 
     def _news(self, stream: JobStream) -> list[Event]:
@@ -236,11 +239,14 @@ class Reader:
         return seq_of(self._attempt, self._characters)
 
     def _chunks(self, stream: JobStream) -> list[Event]:
+        return [self._event(piece) for piece in self._unread(stream)]
+
+    def _unread(self, stream: JobStream) -> list[Piece]:
         new = pieces_after(stream.pieces[self._index :], self._characters)
         self._index = len(stream.pieces)
         # Only a stream that somebody reads has been shown: the charge of a lost job depends on it.
         stream.shown = True
-        return [self._event(piece) for piece in _joined(new)]
+        return _joined(new)
 
     def _event(self, piece: Piece) -> Event:
         self._characters = piece.end

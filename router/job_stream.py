@@ -143,10 +143,18 @@ class JobStream:
         for future, tap in waiting:
             if future.done():
                 continue
-            if tap is not None and tap():
+            if tap is not None and self._taken(tap):
                 self._waiting.append((future, tap))
             else:
                 future.set_result(None)
+
+    def _taken(self, tap: Tap) -> bool:
+        try:
+            return tap()
+        except Exception:
+            # The reader itself meets whatever is wrong, and other streams go on.
+            log.exception("output could not be passed on at once job=%s", self.job_id)
+            return False
 
     def wake(self) -> None:
         for future, _ in self._waiting:
@@ -210,11 +218,7 @@ class StreamHub:
     def _tell(self) -> None:
         streams, self._untold = self._untold, []
         for stream in streams:
-            try:
-                stream.tell()
-            except Exception:
-                log.exception("output could not be passed on job=%s", stream.job_id)
-                stream.wake()
+            stream.tell()
 
     async def _tick(self) -> None:
         # One timer for all: readers use it to show positions and to keep their lines open, which

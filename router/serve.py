@@ -8,7 +8,7 @@ import gc
 import logging
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -139,7 +139,8 @@ class _Patient(HttpToolsProtocol):
         self._head_bytes = 0
         super().on_headers_complete()
         if self.cycle is not None:
-            self.cycle.scope.setdefault("extensions", {})[EXTENSION] = _DirectWrite(self.cycle)
+            scope = cast(dict[str, Any], self.cycle.scope)
+            scope.setdefault("extensions", {})[EXTENSION] = _DirectWrite(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0

@@ -19,7 +19,7 @@ from router.database import DatabaseUnavailable
 from router.errors import AnswerLost, RouterError
 from router.following import Event
 from router.job_states import State
-from router.job_stream import JobStream
+from router.job_stream import JobStream, Piece
 from router.job_views import Outcome, answer_calls, answer_text
 from router.results import answer_id
 
@@ -100,9 +100,9 @@ class AnswerStream:
 
     def _told(self, writer: _Writer) -> AsyncGenerator[Told, None]:
         core, job_ids = self._core, self._bought.job_ids
-        if len(job_ids) > 1:
+        if len(job_ids) != 1:
             return _several(core, job_ids)
-        return _one(core, job_ids[0], self._direct and _Wire(self._direct, writer))
+        return _one(core, job_ids[0], _Wire(self._direct, writer) if self._direct else None)
 
 
 class _Wire:
@@ -113,8 +113,8 @@ class _Wire:
         self._writer = writer
         self.ready = direct.ready
 
-    def write(self, events: Sequence[Event]) -> None:
-        self._direct.write(self._writer.write(0, events))
+    def write(self, pieces: Sequence[Piece]) -> None:
+        self._direct.write(self._writer.output(0, pieces))
 
 
 class _Writer:
@@ -149,16 +149,21 @@ class _Writer:
             return sse.Last(b"".join([*said, *self._closing()]))
         return b"".join(said)
 
+    def output(self, index: int, pieces: Sequence[Piece]) -> bytes:
+        """What output of a job adds to the body."""
+        choice = self._choices[index]
+        said = [choice.delta(p.delta) if p.delta else choice.text(p.text) for p in pieces]
+        return b"".join([*self._opening(index), *said])
+
     def _said(self, index: int, event: Event | None) -> list[bytes]:
         if event is None:
             return [sse.comment("waiting")]
         if event.kind == "position":
             return [sse.comment(f"position {event.data['position']}")]
         if event.kind == "chunk":
-            delta = event.data.get("delta")
-            choice = self._choices[index]
-            said = choice.delta(delta) if delta else choice.text(event.data["text"])
-            return [*self._opening(index), said]
+            data = event.data
+            piece = Piece(0, data.get("text", ""), data.get("delta"))
+            return [self.output(index, (piece,))]
         if event.kind == "state":
             self._same_attempt(index, event.data["attempt"])
         if event.outcome is not None:
