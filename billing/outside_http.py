@@ -91,7 +91,7 @@ class OutsideHttp:
     ) -> None:
         self.rules = rules
         self._limits = limits or OutsideLimits()
-        self._resolve = resolve or _SystemResolver()
+        self._resolve = resolve or SystemResolver()
         self._ssl_context = ssl_context or httpx.create_ssl_context(trust_env=False)
         self._turns: dict[str, _Turns] = {}
 
@@ -219,7 +219,7 @@ class _Turns:
         self.users = 0  # holding or waiting; at none the entry goes
 
 
-class _SystemResolver:
+class SystemResolver:
     """`getaddrinfo` in threads of its own.
 
     A thread lasts as long as the name server lets it, whatever our patience. Were these the event

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from billing.outside_http import SystemResolver
 from billing.outside_url import (
     BadOutsideUrl,
     OutsideRules,
@@ -50,6 +50,7 @@ class Endpoints:
             allow_high_ports=True,
         )
         self._own_ports = _own_ports(settings)
+        self._resolve = SystemResolver()
 
     def read(self, api: str, *, own_ports: frozenset[int] = frozenset()) -> OutsideUrl:
         """The base of a registered URL, up to `/v1`: of `http://host:port`, `…/v1` and
@@ -77,13 +78,11 @@ class Endpoints:
     async def _address(self, url: OutsideUrl) -> str:
         if is_loopback(url.host):
             return "127.0.0.1" if url.host == "localhost" else url.host
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(RESOLVE_S):
-                found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+                addresses = await self._resolve(url.host, url.port)
         except (OSError, UnicodeError):
             raise Unreachable("the host was not found") from None
-        addresses = [str(entry[4][0]) for entry in found]
         if not addresses or not all(address_allowed(a, self._rules) for a in addresses):
             raise Unreachable("the host was not found")
         return addresses[0]

@@ -9,16 +9,17 @@ should be there is not, from time to time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from router import workers
 from router.database import Database, DatabaseUnavailable
 from router.errors import Forbidden, NoSuchThing
 from router.http_sessions import HttpSession, HttpWorker
+from router.named_locks import NamedLocks
 from router.project_requests import Project, ProjectModel
 from router.sessions import RefusedWorker
 from router.worker_gate import WorkerGate
@@ -26,6 +27,8 @@ from router.worker_gate import WorkerGate
 log = logging.getLogger(__name__)
 
 AGAIN_S = 15.0
+# So many are let in again at once.
+BACK_AT_ONCE = 8
 
 _SAVE = """
 insert into projects (router_id, name, owner, has_key_identity, ln_url, slots, models)
@@ -42,7 +45,8 @@ class Projects:
         self._gate = gate
         self._router_id = router_id
         self._sessions: dict[tuple[str, str], HttpSession] = {}
-        self._one_at_a_time = asyncio.Lock()
+        self._locks = NamedLocks()
+        self._back_at_once = asyncio.Semaphore(BACK_AT_ONCE)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -61,14 +65,14 @@ class Projects:
         Raises Forbidden, RefusedWorker (bad URLs, bad address), and what the gate raises; a project
         that was there is then as it was, but what is refused only by the gate may have left it.
         """
-        async with self._one_at_a_time:
+        async with self._alone(owner, project.name):
             await self._register(project, owner, own_ports)
 
     async def add_model(
         self, project: Project, owner: bytes | None, *, own_ports: frozenset[int]
     ) -> None:
         """Add the one model of `project` to what is registered under its name, or replace it there."""
-        async with self._one_at_a_time:
+        async with self._alone(owner, project.name):
             row = await self._row(project.name)
             if row is not None:
                 _check_owner(row, owner)
@@ -79,7 +83,7 @@ class Projects:
         self, name: str, model: str, cid: str | None, owner: bytes | None
     ) -> None:
         """Take one model out; with the last one the project goes. Raises Forbidden, NoSuchThing."""
-        async with self._one_at_a_time:
+        async with self._alone(owner, name):
             row = await self._existing(name, owner)
             before = _project(row)
             left = before.without_model(model, cid)
@@ -92,7 +96,7 @@ class Projects:
 
     async def unregister(self, name: str, owner: bytes | None) -> None:
         """Take a project out; what its models are at goes to others. Raises Forbidden, NoSuchThing."""
-        async with self._one_at_a_time:
+        async with self._alone(owner, name):
             await self._existing(name, owner)
             await self._remove(name)
 
@@ -123,7 +127,16 @@ class Projects:
             and any(served.id == model for served in session.worker.models)
         ]
 
-    # --- one at a time -------------------------------------------------------------------------
+    # --- one at a time: of a name, and of an owner, whose first project is told from the others ----
+
+    @asynccontextmanager
+    async def _alone(self, owner: bytes | None, name: str) -> AsyncIterator[None]:
+        """Others go on meanwhile: letting a project in may take as long as its address's server."""
+        async with AsyncExitStack() as stack:
+            if owner is not None:
+                await stack.enter_async_context(self._locks.of(owner))
+            await stack.enter_async_context(self._locks.of(name))
+            yield
 
     async def _register(
         self, project: Project, owner: bytes | None, own_ports: frozenset[int]
@@ -211,8 +224,7 @@ class Projects:
     async def _keep(self) -> None:
         while True:
             try:
-                async with self._one_at_a_time:
-                    await self._bring_back()
+                await self._bring_back()
             except DatabaseUnavailable:
                 log.warning("projects wait for the database")
             except Exception:
@@ -225,13 +237,24 @@ class Projects:
             rows = await connection.fetch(
                 "select * from projects where router_id = $1", self._router_id
             )
-        for row in rows:
-            project = _project(row)
-            if all(self._is_there(project.name, cid) for cid in project.by_cid()):
-                continue
-            with contextlib.suppress(RefusedWorker):
+        away = [row for row in rows if not self._is_all_there(_project(row))]
+        done = await asyncio.gather(*map(self._bring_one_back, away), return_exceptions=True)
+        for error in done:
+            if isinstance(error, BaseException):
+                raise error
+
+    async def _bring_one_back(self, row: Any) -> None:
+        async with self._back_at_once, self._alone(row["owner"], row["name"]):
+            # It may have been changed, or taken out, while it waited for its turn.
+            row = await self._row(row["name"])
+            if row is None or self._is_all_there(project := _project(row)):
+                return
+            with suppress(RefusedWorker):
                 await self._let_in(project, row["owner"], row["has_key_identity"])
                 log.info("project is there again project=%s", project.name)
+
+    def _is_all_there(self, project: Project) -> bool:
+        return all(self._is_there(project.name, cid) for cid in project.by_cid())
 
     def _is_there(self, name: str, cid: str) -> bool:
         session = self._sessions.get((name, cid))

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
-from weakref import WeakValueDictionary
 
 from billing.errors import BadLightningAddress
 from billing.lightning_address import LightningAddresses
@@ -25,6 +24,7 @@ from router.database import Database
 from router.dispatcher import Dispatcher
 from router.door_ids import Door
 from router.market import Market
+from router.named_locks import NamedLocks
 from router.pull_records import Passwords
 from router.pull_sessions import HandedOut, Held, PullSession, rendered
 from router.sessions import Applicant, RefusedWorker
@@ -108,7 +108,8 @@ class PullGate:
         self._finer_lanes = finer_lanes
         self._clock = clock
         self._sessions: dict[str, PullSession] = {}
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Two first pops at once would make two sessions, of which one cuts off the other.
+        self._locks = NamedLocks()
         self.ttl_s = ttl_s
         self.handed_out = HandedOut(router_id)
         self.passwords = Passwords()
@@ -120,7 +121,7 @@ class PullGate:
 
         Raises NotTheOwner, RefusedWorker.
         """
-        async with self._lock_of(offer.name):
+        async with self._locks.of(offer.name):
             session = await self._session(offer, on_new)
         await self._check_in(session)
         session.asked_too_much = 0
@@ -140,13 +141,6 @@ class PullGate:
             code = "context_too_short"
             skipped[code] = skipped.get(code, 0) + session.asked_too_much
         return Popped([], skipped, session.worker.draining)
-
-    def _lock_of(self, name: str) -> asyncio.Lock:
-        # Two first pops at once would make two sessions, of which one cuts off the other.
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
-        return lock
 
     async def _session(self, offer: Offer, on_new: Callable[[], None]) -> PullSession:
         session = self._sessions.get(offer.name)

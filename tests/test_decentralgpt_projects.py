@@ -357,3 +357,43 @@ async def test_a_model_that_is_away_loses_its_job_to_another_worker(router: Rig)
     async with router.worker() as worker:
         await asyncio.wait_for(worker.serve(), PATIENCE_S)
         await until_state(router, links["id"], "succeeded")
+
+
+async def test_a_slow_server_of_an_address_holds_up_its_own_project_only(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Looking an address up takes as long as a stranger's name server likes."""
+    asked, answered = asyncio.Event(), asyncio.Event()
+    resolve = router.core.addresses.resolve
+
+    async def slowly(payee: Any, **more: Any) -> Any:
+        if payee.text.startswith("slow@"):
+            asked.set()
+            await answered.wait()
+        return await resolve(payee, **more)
+
+    monkeypatch.setattr(router.core.addresses, "resolve", slowly)
+    async with model_server() as model:
+        slow = asyncio.create_task(
+            register(router, project(model, project="slow", ln_url=f"slow@{router.lnurl_host}"))
+        )
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        again = asyncio.create_task(register(router, project(model, project="slow")))
+        await registered(router, project(model, project="quick"))
+        assert (await unregister(router, name="quick")).json() == OK
+        assert not slow.done() and not again.done()
+        answered.set()
+        for waits in (slow, again):
+            assert (await asyncio.wait_for(waits, PATIENCE_S)).json() == OK
+        (row,) = await router.query("select name, ln_url from projects")
+        assert tuple(row) == ("slow", None)
+
+
+async def test_of_two_first_projects_at_once_one_is_its_owners_worker(router: Rig):
+    async with model_server() as model:
+        await asyncio.gather(
+            *(registered(router, project(model, project=name), KEY) for name in ("one", "two"))
+        )
+        rows = await router.query("select has_key_identity from projects")
+        assert sorted(row["has_key_identity"] for row in rows) == [False, True]
+        assert len(router.core.fleet.all()) == 2
