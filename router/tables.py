@@ -359,10 +359,16 @@ class WebhookRow(SQLModel, table=True):
 
     __tablename__ = "webhooks"
     __table_args__ = (
-        Index("webhooks_due", "next_try_at", postgresql_where=text("state = 'pending'")),
+        Index(
+            "webhooks_due",
+            "account_id",
+            "next_try_at",
+            postgresql_where=text("state = 'pending'"),
+        ),
     )
     id: str = Field(sa_column=Column(Text, primary_key=True))
     job_id: str = Field(sa_column=Column(Text, nullable=False, unique=True))
+    account_id: str = Field(sa_column=Column(Text, nullable=False))
     url: str | None = Field(default=None, sa_column=Column(Text))
     include_result: bool = Field(nullable=False)
     state: str = Field(sa_column=Column(Text, nullable=False))

@@ -7,7 +7,8 @@
 The row is written in the transaction that ends the job, and taken by one router at a time for as long
 as a call may last, so that a crash at any moment makes a call happen twice at worst: receivers know
 a repetition by its `webhook-id`. Calls go through `billing.outside_http`, so that nobody reaches with
-them what only we can reach, and never follow a redirect.
+them what only we can reach, and never follow a redirect. Payers have their calls made in turn, so many
+at once each: slow receivers delay the calls of whoever named them.
 
 Signed as Standard Webhooks 1.0 says, with its asymmetric scheme (`v1a`): an Ed25519 signature of
 `{webhook-id}.{webhook-timestamp}.{body}` by the key of the receipts, whose public half is at
@@ -20,6 +21,7 @@ import asyncio
 import base64
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -37,6 +39,11 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 AT_ONCE = 32
+# Of these each payer has so many to itself, and more only while so many are left for others: a payer
+# whose receivers are slow delays its own calls.
+SHARE, LEFT_FOR_OTHERS = 4, 8
+# Payers that are looked at in one turn; the next turn goes on behind them.
+PAYERS = 500
 # Longer than any call lasts: until then nobody else calls for the same job.
 TAKEN = timedelta(seconds=60)
 GIVE_UP_AFTER = timedelta(days=1)
@@ -62,7 +69,8 @@ class Webhooks:
         self._rules = rules
         self._clock = clock
         self._http = http or OutsideHttp(rules, limits=LIMITS)
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: dict[asyncio.Task[None], str] = {}
+        self._looked_to = ""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -87,18 +95,31 @@ class Webhooks:
 
     async def call_due(self) -> int:
         """Begin as many of the calls that are due as may run at once; returns how many."""
-        most = AT_ONCE - len(self._calls)
-        if most <= 0:
+        if len(self._calls) >= AT_ONCE:
+            return 0
+        async with self._database.connection() as connection:
+            payers = await webhook_store.payers(connection, after=self._looked_to, most=PAYERS)
+            self._looked_to = payers[-1] if len(payers) == PAYERS else ""
+            begun = await self._begin(connection, payers, SHARE, AT_ONCE - len(self._calls))
+            more = AT_ONCE - LEFT_FOR_OTHERS - len(self._calls)
+            if more > 0:
+                begun += await self._begin(connection, payers, AT_ONCE, more)
+        return begun
+
+    async def _begin(self, connection: Any, payers: list[str], share: int, most: int) -> int:
+        """Begin calls for these payers, as far as each has less than its share under way."""
+        under_way = Counter(self._calls.values())
+        shares = {payer: left for payer in payers if (left := share - under_way[payer]) > 0}
+        if not shares:
             return 0
         now = self._clock()
-        async with self._database.connection() as connection:
-            hooks = await webhook_store.take_due(
-                connection, now=now, due_again_at=now + TAKEN, most=most
-            )
+        hooks = await webhook_store.take_due(
+            connection, shares, now=now, due_again_at=now + TAKEN, most=most
+        )
         for hook in hooks:
             task = asyncio.create_task(self._call(hook), name=f"webhook-{hook['id']}")
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            self._calls[task] = hook["account_id"]
+            task.add_done_callback(self._calls.pop)
         return len(hooks)
 
     async def _call(self, hook: Any) -> None:

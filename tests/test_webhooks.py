@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,11 +13,20 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from billing.outside_http import OutsideHttp
-from router import webhook_store
+from router import webhook_store, webhooks
 from router.errors import BadRequest
 from router.receipts import verified
 from router.webhook_request import read_webhook
-from router.webhooks import GIVE_UP_AFTER, TAKEN, Webhooks, pause_s
+from router.webhooks import (
+    AT_ONCE,
+    GIVE_UP_AFTER,
+    LEFT_FOR_OTHERS,
+    LIMITS,
+    SHARE,
+    TAKEN,
+    Webhooks,
+    pause_s,
+)
 from tests.door_tools import JOB, code, post_job, token, until_state
 from tests.loopback_http import Loopback, Request, http, silence
 from tests.outside_tools import STRICT, Names
@@ -124,8 +134,9 @@ async def test_a_router_that_dies_in_the_middle_of_a_call_leaves_it_to_another(r
         async with router.core.database.connection() as connection:
 
             async def take(at: datetime) -> list[Any]:
+                (payer,) = await webhook_store.payers(connection, after="", most=5)
                 return await webhook_store.take_due(
-                    connection, now=at, due_again_at=at + TAKEN, most=5
+                    connection, {payer: 5}, now=at, due_again_at=at + TAKEN, most=5
                 )
 
             assert [row["job_id"] for row in await take(now)] == [links["id"]]
@@ -140,7 +151,10 @@ async def test_a_router_that_dies_in_the_middle_of_a_call_leaves_it_to_another(r
 
 def _webhooks(router: Rig, now: datetime, **options: Any) -> Webhooks:
     core = router.core
-    options = {"rules": core.limits.outside} | options
+    rules = core.limits.outside
+    # All receivers of these tests are one host.
+    many = OutsideHttp(rules, limits=replace(LIMITS, per_host=2 * AT_ONCE))
+    options = {"rules": rules, "http": many} | options
     return Webhooks(core.database, core.receipts, clock=lambda: now, **options)
 
 
@@ -164,6 +178,63 @@ async def test_a_receiver_that_never_answers_holds_up_nobody_else(router: Rig):
         await calls(slow, 1)
         await finished_job(router, quick.url())
         await calls(quick, 1)
+
+
+async def due_for(router: Rig, payer: str, url: str, count: int) -> None:
+    """So many webhooks of one payer that are due, of jobs like those that are there."""
+    await router.query(
+        "with made as (insert into jobs select (jsonb_populate_record(null::jobs, to_jsonb(j)"
+        " || jsonb_build_object('id', $1::text || '-' || n, 'account_id', $1::text))).*"
+        " from (select * from jobs order by created_at limit 1) j, generate_series(1, $3::int) n"
+        " returning id)"
+        " insert into webhooks (id, job_id, account_id, url, include_result, state)"
+        " select id, id, $1::text, $2, false, 'pending' from made",
+        payer,
+        url,
+        count,
+    )
+
+
+async def test_a_payer_with_slow_receivers_delays_its_own_calls(router: Rig):
+    """However much of it is due, others have their calls made, and each of its own share is used."""
+    await router.core.webhooks.stop()
+    async with Loopback(silence) as slow, Loopback(lambda _: http(200)) as quick:
+        await finished_job(router, None)
+        await due_for(router, "slow", slow.url(), 100)
+        hooks = _webhooks(router, datetime.now(UTC) + timedelta(seconds=1))
+        assert await hooks.call_due() == AT_ONCE - LEFT_FOR_OTHERS
+        assert await hooks.call_due() == 0
+        await due_for(router, "quick", quick.url(), 3)
+        await due_for(router, "a third", quick.url(), 10)
+        assert await hooks.call_due() == 3 + SHARE
+        await calls(quick, 3 + SHARE)
+
+        async def told() -> int:
+            async with asyncio.timeout(PATIENCE_S):
+                while await hooks.call_due():
+                    await asyncio.sleep(0.02)
+            rows = await router.query("select 1 from webhooks where state = 'delivered'")
+            return len(rows)
+
+        async with asyncio.timeout(PATIENCE_S):
+            while await told() < 13:
+                await asyncio.sleep(0.02)
+        assert len(quick.requests) == 13
+        await hooks.stop()
+
+
+async def test_with_many_payers_each_has_its_turn(router: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "PAYERS", 2)
+    await router.core.webhooks.stop()
+    async with Loopback(lambda _: http(200)) as server:
+        await finished_job(router, None)
+        for payer in ("a", "b", "c", "d", "e"):
+            await due_for(router, payer, server.url(f"/{payer}"), 2)
+        hooks = _webhooks(router, datetime.now(UTC) + timedelta(seconds=1))
+        assert [await hooks.call_due() for _ in range(4)] == [4, 4, 2, 0]
+        told = await calls(server, 10)
+        assert sorted(request.target for request in told) == [f"/{p}" for p in "aabbccddee"]
+        await hooks.stop()
 
 
 async def test_a_name_that_leads_inside_is_not_called(router: Rig):
