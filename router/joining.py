@@ -272,6 +272,7 @@ def join(
     relay.on_work = core.dispatcher.wake
     relay.on_come = gate.come_elsewhere
     gate.on_admitted = relay.tell_come
+    pull_gate.on_asked_here = relay.tell_come
     relay.bus.on_up = partial(_on_bus_up, core)
     gate.on_idle = core.dispatcher.wake
     return core

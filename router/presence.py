@@ -266,7 +266,7 @@ class Presence:
     def _summary(self) -> list[dict[str, Any]]:
         groups: dict[tuple[int, Any, str | None], list[Worker]] = {}
         for worker in self._fleet.all():
-            if not worker.draining:
+            if not worker.draining and not worker.asks_elsewhere:
                 # Workers whose models have the same limits share the set of their lanes.
                 floors = tuple(sorted(worker.floors.items()))
                 offers = repr(worker.offers.as_json()) if worker.offers is not None else None

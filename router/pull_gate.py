@@ -112,6 +112,7 @@ class PullGate:
         self._locks = NamedLocks()
         self.ttl_s = ttl_s
         self.handed_out = HandedOut(router_id)
+        self.on_asked_here: Callable[[str], None] = lambda worker_id: None
         self.passwords = Passwords()
 
     async def pop(
@@ -123,6 +124,9 @@ class PullGate:
         """
         async with self._locks.of(offer.name):
             session = await self._session(offer, on_new)
+        if session.worker.asks_elsewhere or session.is_new:
+            session.worker.asks_elsewhere = session.is_new = False
+            self.on_asked_here(session.worker.id)
         await self._check_in(session)
         session.asked_too_much = 0
         session.make_room()

@@ -175,6 +175,7 @@ class PullSession:
         self.offered: Any = None
         self.asked_too_much = 0
         self.closed = False
+        self.is_new = True
         self.dropped_frames = 0
 
     def context_length(self) -> int:

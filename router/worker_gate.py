@@ -282,9 +282,12 @@ class WorkerGate:
         self._models.learn(worker.models)
 
     def come_elsewhere(self, worker_id: str) -> None:
-        """A worker has connected to another router: its session here, if there is one, is dead."""
+        """A worker has connected to another router: its session here, if there is one, is dead; that
+        of one which polls goes on, but it is counted there."""
         session = self.sessions.get(worker_id)
-        if session is not None and not session.closed:
+        if session is not None and session.worker.pulls:
+            session.worker.asks_elsewhere = True
+        elif session is not None and not session.closed:
             session.cut("connected to another router", blame="nobody")
 
     def _free_seat(self, ln_url: str | None) -> bytes:

@@ -202,7 +202,8 @@ def _skips(core: Core, row: Any, live: Worker | None) -> list[Skip]:
 
 def stats(core: Core) -> dict[str, int]:
     """How many workers are idle and how many are busy; `connected` counts only the idle (QB-R17)."""
-    here, elsewhere = core.fleet.all(), core.fleet.elsewhere()
+    here = [worker for worker in core.fleet.all() if not worker.asks_elsewhere]
+    elsewhere = core.fleet.elsewhere()
     busy = sum(1 for worker in here if worker.busy) + sum(w.busy_workers for w in elsewhere)
     return {
         "connected": len(here) + sum(w.stands_for for w in elsewhere) - busy,

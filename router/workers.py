@@ -43,7 +43,8 @@ class Worker:
 
     `draining`: it gets no more jobs, for whatever reason. `told_to_drain`: because its owner or an
     admin has said so. `resting`: it has said that it is busy with something else. `pulls`: it asks
-    for its jobs itself, and is not handed any. `offers` tells whether it would also serve a model
+    for its jobs itself, and is not handed any; `asks_elsewhere`: another router was the last that it
+    asked, and counts it. `offers` tells whether it would also serve a model
     that it has not named. `traits`: what clients may demand of it. `met`: how prompts began that it
     was given last (`router.prompt_prefix`).
     `filled_at`, `freed_at`: when it was given a job last, and when one of its jobs ended last.
@@ -61,6 +62,7 @@ class Worker:
     draining: bool = False
     told_to_drain: bool = False
     pulls: bool = False
+    asks_elsewhere: bool = False
     resting: bool = False
     offers: Offers | None = None
     traits: Traits = demands.ANYBODY
@@ -257,14 +259,15 @@ class Fleet:
         return list(self._elsewhere)
 
     def everywhere(self) -> list[Worker]:
-        """All of the market's workers; those of other routers in sums."""
-        return [*self._workers.values(), *self.elsewhere()]
+        """All of the market's workers, each once; those of other routers in sums."""
+        here = [worker for worker in self._workers.values() if not worker.asks_elsewhere]
+        return [*here, *self.elsewhere()]
 
     def set_edges(self, edges: Edges) -> None:
         self.edges = edges
         self._lanes.clear()
         self._room = Room()
-        for worker in self.everywhere():
+        for worker in [*self._workers.values(), *self.elsewhere()]:
             worker.lanes = self._lanes_of(worker)
         self.look_for_room()
 

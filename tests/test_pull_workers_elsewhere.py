@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,33 @@ async def test_an_answer_for_a_router_that_is_lost_comes_too_late(
     monkeypatch.setattr(b.core.presence, "is_lost", lambda router_id: True)
     late = await bring(b, key, given_id, "Too late.")
     assert (late.status_code, late.json()["rc"]) == (400, "AbortedGen")
+
+
+async def test_a_worker_that_polls_at_every_router_is_one_worker(pair):
+    """Behind a load balancer each pop comes to another; what it has goes on wherever it got it."""
+    a, b = pair
+    await known_model(a)
+    asked = [await horde_prompt(a, await apikey(a)) for _ in range(2)]
+    key = secrets.token_urlsafe(16)
+    at = [KoboldCpp(rig, key, name="roams") for rig in (a, b)]
+    given = [(await worker.pop())["id"] for worker in (*at, *at, *at)]
+    assert all(given[:2]) and not any(given[2:])
+
+    async def counted(worker: int, busy: int) -> bool:
+        shown = [(await rig.http.get("/worker/stats")).json() for rig in (a, b)]
+        return all(one == {"connected": worker - busy, "busy": busy} for one in shown)
+
+    await until(partial(counted, 1, 1))
+    for rig, given_id in zip((a, b), reversed(given[:2]), strict=True):
+        assert (await bring(rig, key, given_id, "Told elsewhere.")).status_code == 200
+    for request_id in asked:
+        status = await until_done(b, request_id, horde=True)
+        assert status["generations"][0]["text"] == "Told elsewhere."
+    await until(partial(counted, 1, 0))
+    for rig in (a, b):
+        (model,) = (await rig.http.get("/info")).json()["models"]
+        assert model["workers"] == 1
+    assert (await a.books()).in_order
 
 
 async def test_a_question_is_answered_once_however_often_it_is_heard(
