@@ -8,23 +8,17 @@ import gc
 import logging
 import socket
 from collections.abc import Iterator
-from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from router.api.direct_write import EXTENSION
+from router.connections import PatientHttp, StraightFrames
 
 # A worker may be deaf for minutes while it loads a model (QB-P21).
 PING_INTERVAL_S = 30.0
 PING_TIMEOUT_S = 300.0
 MAX_FRAME_BYTES = 64 << 20
 STREAMS_END_S = 30
-# Of a request without its body; credentials of several kilobytes fit many times over.
-MAX_HEAD_BYTES = 64 << 10
-# How long a client may leave a full buffer (64 KiB) unread. What it does not read stays in memory.
-SLOW_READER_S = 60.0
 
 
 log = logging.getLogger(__name__)
@@ -46,8 +40,8 @@ class RouterServer:
                 app,
                 # Entered by ourselves: uvicorn logs what goes wrong in it, and ends the process.
                 lifespan="off",
-                http=_Patient,
-                ws="websockets-sansio",
+                http=PatientHttp,
+                ws=StraightFrames,
                 ws_per_message_deflate=False,
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_ping_interval=PING_INTERVAL_S,
@@ -93,82 +87,6 @@ class RouterServer:
             await task
         finally:
             await self._lifespan.__aexit__(None, None, None)
-
-
-class _Patient(HttpToolsProtocol):
-    """A connection that is not endlessly patient with its client.
-
-    It refuses a head that does not end: the parser joins its pieces, and copies all of it for each.
-    It cuts a client that does not read what it is sent.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head_bytes = 0
-        self._full: asyncio.TimerHandle | None = None
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._full = self.loop.call_later(SLOW_READER_S, self._cut)
-
-    def resume_writing(self) -> None:
-        self._readable()
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._readable()
-        super().connection_lost(exc)
-
-    def _readable(self) -> None:
-        if self._full is not None:
-            self._full.cancel()
-            self._full = None
-
-    def _cut(self) -> None:
-        # Not closed: that would wait for the client to read the rest.
-        log.info("client cut off: it has not read for %.0f s", SLOW_READER_S)
-        self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too long.")
-
-    def on_headers_complete(self) -> None:
-        self._head_bytes = 0
-        super().on_headers_complete()
-        if self.cycle is not None:
-            scope = cast(dict[str, Any], self.cycle.scope)
-            scope.setdefault("extensions", {})[EXTENSION] = _DirectWrite(self.cycle)
-
-    def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._head_bytes = 0
-        super().on_message_complete()
-
-
-class _DirectWrite:
-    """`router.api.direct_write.DirectWrite` for one request and its answer."""
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    def ready(self) -> bool:
-        cycle = self._cycle
-        return not (
-            cycle.flow.write_paused
-            or cycle.disconnected
-            or cycle.response_complete
-            or not cycle.chunked_encoding
-        )
-
-    def write(self, body: bytes) -> None:
-        if body:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class _Server(uvicorn.Server):

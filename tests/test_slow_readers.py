@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from router import serve
+from router import connections
 from tests.door_tools import CHAT, until_state
 from tests.router_rig import MODEL, PATIENCE_S, Rig
 
@@ -40,7 +40,7 @@ async def test_a_client_that_does_not_read_is_cut_and_its_job_stopped(
     router: Rig, monkeypatch: pytest.MonkeyPatch
 ):
     """What it does not read would stay in memory; the worker is free for those who do."""
-    monkeypatch.setattr(serve, "SLOW_READER_S", 0.5)
+    monkeypatch.setattr(connections, "SLOW_READER_S", 0.5)
     payer = await router.bearer(500_000_000)
     async with router.worker(models=MODELS, slots=2) as worker:
         deaf = await _deaf_client(router, payer, CHAT | {"max_tokens": 1 << 17})
@@ -61,7 +61,7 @@ async def test_a_client_that_does_not_read_is_cut_and_its_job_stopped(
 
 
 async def test_a_client_that_reads_slowly_is_not_cut(router: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve, "SLOW_READER_S", 5.0)
+    monkeypatch.setattr(connections, "SLOW_READER_S", 5.0)
     payer = await router.bearer(500_000_000)
     async with router.worker(models=MODELS) as worker:
         slow = await _deaf_client(router, payer, CHAT | {"max_tokens": 1 << 17})

@@ -8,14 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from router import requests
-from router.api import direct_write, purchase
 from router.api import openai_shapes as shapes
+from router.api import purchase
 from router.api.answers import answer, core_of, noted, read_json
 from router.api.decentralgpt_shapes import SUCCESS
 from router.api.errors import Problem
 from router.api.forms import is_form, read_form
 from router.api.openai_stream import AnswerStream
 from router.api.purchase import AT_ONCE, PaymentRequired, Purchase, Style, payment_body
+from router.api.short_ways import body_writer
 from router.api.sse import EventStream
 from router.api.waiting import ClientGone, abandon, outcomes
 from router.core import Core
@@ -193,7 +194,7 @@ def _whole(wanted: requests.Request, jobs: Sequence[tuple[str, Outcome]]) -> dic
 async def _streamed(
     core: Core, request: Request, wanted: requests.Request, bought: Purchase
 ) -> Response:
-    stream = AnswerStream(core, wanted, bought, direct_write.of(request.scope))
+    stream = AnswerStream(core, wanted, bought, body_writer(request.scope))
     try:
         problem = await stream.first_output()
     except BaseException:

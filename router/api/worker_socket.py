@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
+from router.api.short_ways import frame_source
 from router.core import Core
 from router.database import DatabaseUnavailable
 from router.queenbee import is_queenbee
@@ -55,8 +57,7 @@ async def worker(socket: WebSocket) -> None:
         raw = await _first_frame(socket)
         silent = is_queenbee(raw)
         session = await core.gate.register(raw, connection, peer=core.limiter.client(socket))
-        while True:
-            session.on_frame(await _receive(socket))
+        await _hand_on(socket, session.on_frame)
     except WebSocketDisconnect:
         pass
     except RefusedWorker as refused:
@@ -75,6 +76,22 @@ async def worker(socket: WebSocket) -> None:
     finally:
         if session is not None:
             core.gate.leave(session)
+
+
+async def _hand_on(socket: WebSocket, handle: Callable[[str | bytes], None]) -> None:
+    """Give all frames to a handler, until it raises or the connection ends."""
+    source = frame_source(socket.scope)
+    if source is None:
+        while True:
+            handle(await _receive(socket))
+    source.hand_to(handle)
+    try:
+        while True:
+            frame = await _receive(socket)
+            source.check()
+            handle(frame)
+    finally:
+        source.hand_to(None)
 
 
 async def _first_frame(socket: WebSocket) -> Any:

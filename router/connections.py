@@ -1,0 +1,147 @@
+"""The connections of uvicorn as a router needs them: patience that ends, and short ways for tokens.
+
+Nearly all that passes is a token: a frame of a worker in, a part of a streamed body out. Each would
+wake a task through a queue, and be handed down through the layers around the application; here both
+are handed on at once (`router.api.short_ways`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Request
+
+from router.api.short_ways import BODY, FRAMES, FrameHandler
+
+# Of a request without its body; credentials of several kilobytes fit many times over.
+MAX_HEAD_BYTES = 64 << 10
+# How long a client may leave a full buffer (64 KiB) unread. What it does not read stays in memory.
+SLOW_READER_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class PatientHttp(HttpToolsProtocol):
+    """A connection that is not endlessly patient with its client.
+
+    It refuses a head that does not end: the parser joins its pieces, and copies all of it for each.
+    It cuts a client that does not read what it is sent.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._full: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._full = self.loop.call_later(SLOW_READER_S, self._cut)
+
+    def resume_writing(self) -> None:
+        self._readable()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._readable()
+        super().connection_lost(exc)
+
+    def _readable(self) -> None:
+        if self._full is not None:
+            self._full.cancel()
+            self._full = None
+
+    def _cut(self) -> None:
+        # Not closed: that would wait for the client to read the rest.
+        log.info("client cut off: it has not read for %.0f s", SLOW_READER_S)
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too long.")
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_headers_complete()
+        if self.cycle is not None:
+            scope = cast(dict[str, Any], self.cycle.scope)
+            scope.setdefault("extensions", {})[BODY] = DirectConnection(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
+
+
+class DirectConnection:
+    """`router.api.short_ways.BodyWriter` for one request and its answer."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return not (
+            cycle.flow.write_paused
+            or cycle.disconnected
+            or cycle.response_complete
+            or not cycle.chunked_encoding
+        )
+
+    def write(self, body: bytes) -> None:
+        if body:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+class StraightFrames(WebSocketsSansIOProtocol):
+    """A WebSocket whose text frames go to a handler as they are read: `short_ways.FrameSource`.
+
+    Without one, and while earlier frames wait to be received, they wait as well.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._handler: FrameHandler | None = None
+        self._broke: Exception | None = None
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if not self.close_sent:
+            cast(dict[str, Any], self.scope)["extensions"][FRAMES] = self
+
+    def hand_to(self, handler: FrameHandler | None) -> None:
+        self._handler = handler
+
+    def check(self) -> None:
+        if self._broke is not None:
+            raise self._broke
+
+    def send_receive_event_to_app(self) -> None:
+        frame = self._straight()
+        if frame is None or self._handler is None:
+            super().send_receive_event_to_app()
+            return
+        self.frames = []
+        try:
+            self._handler(frame)
+        except Exception as error:
+            # Whoever receives is woken, to find what has happened.
+            self._handler, self._broke = None, error
+            self.queue.put_nowait({"type": "websocket.receive", "text": ""})
+
+    def _straight(self) -> str | None:
+        """The frame that has been read, if it may go past those that receive."""
+        if self.close_sent or self.curr_msg_data_type != "text" or not self.queue.empty():
+            return None
+        try:
+            return b"".join(self.frames).decode()
+        except UnicodeDecodeError:
+            return None  # uvicorn closes the connection for it.
