@@ -17,16 +17,19 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
 from billing.lightning import BackendAuthError, BackendUnavailable, OutcomeUnknown
+from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
-# Paying calls may each wait for an HTLC, and the others must not wait behind them. Idle connections
-# go before a node would close them, so that no request meets a closing one.
-_LIMITS = httpx.Limits(max_connections=128, max_keepalive_connections=16, keepalive_expiry=20.0)
+# Paying calls may each wait for an HTLC, and the others must not wait behind them.
+_CONNECTIONS = 128
+# For streams alone.
+_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
 # A code of a node, or a word of its, in an error's detail: long enough to find, short enough to log.
 _DETAIL_MAX = 200
 
@@ -128,10 +131,14 @@ class NodeHttp:
         certificate: Path | None = None,
     ) -> None:
         self._backend = backend
+        tls = trusting(certificate) if certificate else httpx.create_ssl_context(trust_env=False)
+        self._calls = KeptHttp(
+            url, headers=headers, tls=tls, connect_timeout_s=CONNECT_TIMEOUT_S, most=_CONNECTIONS
+        )
         self._client = httpx.AsyncClient(
             base_url=url,
             headers=dict(headers),
-            verify=True if certificate is None else trusting(certificate),
+            verify=tls,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             limits=_LIMITS,
             trust_env=False,
@@ -150,19 +157,25 @@ class NodeHttp:
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> Reply:
         """One request and its whole answer, of any status but 401 and 403."""
+        content, content_type = b"", "application/json"
+        if form is not None:
+            content, content_type = urlencode(form).encode(), "application/x-www-form-urlencoded"
+        elif body is not None:
+            content = json.dumps(body).encode()
         try:
-            response = await self._client.request(
+            status, answer = await self._calls.request(
                 method,
-                path,
-                json=body,
-                data=None if form is None else dict(form),
-                params=None if query is None else dict(query),
-                timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
+                f"{path}?{urlencode(query)}" if query else path,
+                body=content,
+                content_type=content_type,
+                read_timeout_s=read_timeout_s,
             )
-        except httpx.RequestError as error:
-            raise self._failed(operation, error) from None
-        self._refuse_unauthorized(operation, response.status_code)
-        return self._reply(operation, response.status_code, response.content)
+        except NotSent as error:
+            raise self._unreachable(operation, str(error)) from None
+        except NoAnswer as error:
+            raise self._unanswered(operation, str(error)) from None
+        self._refuse_unauthorized(operation, status)
+        return self._reply(operation, status, answer)
 
     async def lines(
         self,
@@ -200,6 +213,7 @@ class NodeHttp:
     async def aclose(self) -> None:
         # Shielded, so that a cancelled shutdown does not leave sockets behind.
         await asyncio.shield(self._client.aclose())
+        await self._calls.aclose()
 
     def _refuse_unauthorized(self, operation: str, status: int) -> None:
         if status in (401, 403):
@@ -220,11 +234,15 @@ class NodeHttp:
     ) -> BackendUnavailable | OutcomeUnknown:
         kind = type(error).__name__
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
-            detail = f"{kind}: {error}"[:_DETAIL_MAX]
-            return BackendUnavailable(
-                self._backend, operation, "the Lightning node cannot be reached", detail
-            )
-        return OutcomeUnknown(self._backend, operation, "no answer came", kind)
+            return self._unreachable(operation, f"{kind}: {error}")
+        return self._unanswered(operation, kind)
+
+    def _unreachable(self, operation: str, detail: str) -> BackendUnavailable:
+        words = "the Lightning node cannot be reached"
+        return BackendUnavailable(self._backend, operation, words, detail[:_DETAIL_MAX])
+
+    def _unanswered(self, operation: str, detail: str) -> OutcomeUnknown:
+        return OutcomeUnknown(self._backend, operation, "no answer came", detail)
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import httpx
 
 from billing.lightning import BackendRejected, BackendUnavailable, OutcomeUnknown
+from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
 from billing.lightning.simulated.network import ConnectionDropped, Network
 from billing.lightning.simulated.wallets import Refused
 
@@ -27,14 +28,10 @@ _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 10.0
 # The server sends an empty line every 15 s on a quiet stream.
 _STREAM_READ_TIMEOUT_S = 45.0
-# 64 paying calls may each wait for an HTLC, and the others must not wait behind them.
-# Idle connections go before the server would close them, so that no request meets a closing one.
-_LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0)
-
-
-# httpx searches its queue of waiting requests for each new one, so we queue in front of it. Calls
-# that wait for an HTLC do not queue here.
-_AT_ONCE = 8
+# Paying calls may each wait for an HTLC, and the others must not wait behind them.
+_CONNECTIONS = 256
+# For streams alone, one for each wallet that is watched.
+_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
 
 
 class Transport(Protocol):
@@ -124,56 +121,40 @@ class Http:
     """A network served at `url` by another process."""
 
     def __init__(self, url: str) -> None:
-        timeout = httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        timeout = httpx.Timeout(_STREAM_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         self._client = httpx.AsyncClient(
             base_url=url, timeout=timeout, limits=_LIMITS, trust_env=False
         )
-        self._queue = asyncio.Semaphore(_AT_ONCE)
+        self._calls = KeptHttp(url, connect_timeout_s=_CONNECT_TIMEOUT_S, most=_CONNECTIONS)
 
     async def call(
         self, wallet: str, operation: str, arguments: dict[str, Any], *, timeout_s: float = 0.0
     ) -> dict[str, Any]:
-        if timeout_s > 0:
-            return await self._post(wallet, operation, arguments, timeout_s)
         try:
-            async with asyncio.timeout(_READ_TIMEOUT_S):
-                await self._queue.acquire()
-        except TimeoutError:
-            raise _unavailable(operation, "too many requests are waiting") from None
-        try:
-            return await self._post(wallet, operation, arguments, timeout_s)
-        finally:
-            self._queue.release()
-
-    async def _post(
-        self, wallet: str, operation: str, arguments: dict[str, Any], timeout_s: float
-    ) -> dict[str, Any]:
-        try:
-            response = await self._client.post(
+            status, body = await self._calls.request(
+                "POST",
                 f"/v1/wallets/{wallet}/{operation}",
-                json=arguments,
-                timeout=httpx.Timeout(_READ_TIMEOUT_S + timeout_s, connect=_CONNECT_TIMEOUT_S),
+                body=json.dumps(arguments).encode(),
+                read_timeout_s=_READ_TIMEOUT_S + timeout_s,
             )
-            answer = response.json()
+            answer = json.loads(body)
             if not isinstance(answer, dict):
                 raise ValueError("not an object")
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise _unavailable(operation, type(error).__name__) from None
-        except httpx.RequestError as error:
-            raise _unknown(operation, "no answer came", type(error).__name__) from None
+        except NotSent as error:
+            raise _unavailable(operation, str(error)) from None
+        except NoAnswer as error:
+            raise _unknown(operation, "no answer came", str(error)) from None
         except ValueError:
             raise _unknown(operation, "the answer cannot be read") from None
-        _raise_for(operation, response.status_code, answer)
+        _raise_for(operation, status, answer)
         return answer
 
     async def settlements(self, wallet: str, cursor: str | None) -> AsyncIterator[dict[str, Any]]:
-        timeout = httpx.Timeout(_STREAM_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         try:
             async with self._client.stream(
                 "GET",
                 f"/v1/wallets/{wallet}/settlements",
                 params={} if cursor is None else {"after": cursor},
-                timeout=timeout,
             ) as response:
                 if response.status_code != 200:
                     await response.aread()
@@ -192,6 +173,7 @@ class Http:
     async def aclose(self) -> None:
         # Shielded, so that a cancelled shutdown does not leave sockets behind.
         await asyncio.shield(self._client.aclose())
+        await self._calls.aclose()
 
 
 def _raise_for(operation: str, status: int, answer: dict[str, Any]) -> None:
