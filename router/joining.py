@@ -24,7 +24,6 @@ from billing.withdrawals import Withdrawals
 from router import (
     job_store,
     job_submits,
-    paid_quotes,
     worker_views,
 )
 from router.announcing import Announcer
@@ -46,6 +45,7 @@ from router.maintenance import Maintenance
 from router.market import Market
 from router.models import Models
 from router.nats_bus import NatsBus
+from router.paid_quotes import PaidQuotes
 from router.presence import Presence
 from router.projects import Projects
 from router.pull_gate import PullGate
@@ -133,7 +133,7 @@ def join(
         database.transaction,
         backend,
         lambda connection, credit: _on_credit(core, connection, credit),
-        at_once=lambda receipt: _start_at_once(core, receipt),
+        at_once=lambda receipt: _start_at_once(core, paid, receipt),
         clock=clock,
     )
     reconciler = Reconciler(
@@ -156,7 +156,10 @@ def join(
         max_wait_s=settings.max_wait_s,
         outside=outside,
     )
-    quotes = Quotes(database, settings, models, backend, watcher, network=node.network, clock=clock)
+    paid = PaidQuotes(database, models)
+    quotes = Quotes(
+        database, settings, models, backend, watcher, paid, network=node.network, clock=clock
+    )
     gate = WorkerGate(
         database,
         settings,
@@ -310,9 +313,11 @@ def _on_work(core: Core) -> None:
     core.relay.tell_work()
 
 
-async def _start_at_once(core: Core, receipt: Receipt) -> Callable[[], None] | None:
+async def _start_at_once(
+    core: Core, paid: PaidQuotes, receipt: Receipt
+) -> Callable[[], None] | None:
     """What `_on_credit` does for a quote paid in time and in full, with the credit."""
-    jobs_queued = await paid_quotes.start(core.database, core.models, receipt)
+    jobs_queued = await paid.start(receipt)
     return None if jobs_queued is None else partial(core.jobs.queued, jobs_queued)
 
 

@@ -1,24 +1,35 @@
 """The usual settlement in one statement: the invoice of an open quote, paid in time and in full.
 
 Whoever paid waits for this. Step by step (`billing.invoices.record_settlement`, then
-`router.job_submits.start_quote`) it is sixteen round trips to PostgreSQL; here it is a look at what was
-bought and one statement, which is its own transaction. Both ways make the same rows with the same ids
-(tests/test_paid_quotes.py holds them side by side), so whoever comes first by either is the one that
-counts. What is not the usual case, or fails, has changed nothing, and goes step by step.
+`router.job_submits.start_quote`) it is sixteen round trips to PostgreSQL; here it is one, which is its
+own transaction, and a look at what was bought where this router has not sold it just now. Both ways
+make the same rows with the same ids (tests/test_paid_quotes.py holds them side by side), so whoever
+comes first by either is the one that counts. What is not the usual case, or fails, has changed nothing,
+and goes step by step.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
 from billing import ledger
 from billing.invoice_watcher import Receipt
+from billing.invoices import IssuedInvoice
 from billing.ledger import Transfer
 from router import job_states
 from router.database import Database
+from router.job_records import NewQuote
 from router.job_states import Event
 from router.models import Models
 
+# What this router remembers of what it has sold: the latest, and no long texts.
+REMEMBERED = 1_000
+REMEMBERED_CHARACTERS = 16_000
+
 _LOOK = """
-select i.account_id as payer, j.id, j.account_id, j.kind, j.model, j.choices, j.spec,
+select i.account_id, j.id, j.kind, j.model, j.choices, j.spec,
     j.prompt_tokens, j.max_tokens
 from invoices i join jobs j on j.quote_id = i.reference
 where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.state = any($2::text[])"""
@@ -31,7 +42,7 @@ _START = """
 with invoice as (
     select reference from invoices
     where payment_hash = $1 and state = 'open' and purpose = 'quote'
-        and amount_msat <= $2 and expires_at >= $3
+        and amount_msat <= $2 and expires_at >= $3 and account_id = $16
     for update),
 quote as (
     select q.id from quotes q join invoice i on q.id = i.reference where q.state = 'open'
@@ -45,7 +56,8 @@ started as (
     update jobs j set state = $4, seq = nextval('queue_seq'), queued_at = now(),
         wait_ends_at = now() + make_interval(secs => j.max_wait_s)
     from quote, unnest($6::text[], $7::text[], $8::text[]) t(job_id, escrow, hold_id)
-    where j.id = t.job_id and j.quote_id = quote.id and j.state = any($5::text[])
+    where j.id = t.job_id and j.quote_id = quote.id and j.account_id = $16
+        and j.state = any($5::text[])
     returning j.id, j.held_msat, j.multiplier_milli, j.seq, t.escrow, t.hold_id),
 queued as (
     insert into queue (job_id, lane, multiplier_milli, seq)
@@ -74,37 +86,71 @@ followed as (
 select array(select id from started order by seq) as job_ids from quote"""
 
 
-async def start(database: Database, models: Models, receipt: Receipt) -> list[str] | None:
-    """Credit a receipt and start the jobs that it pays for; their ids, once it is committed.
+class PaidQuotes:
+    """Starts quotes whose invoices were paid."""
 
-    None: it is not the usual case, and nothing was changed. Raises DatabaseUnavailable, and what
-    PostgreSQL refuses; then nothing was changed either, unless the connection broke.
-    """
-    before = job_states.before(Event.PAY)
-    async with database.connection() as connection:
-        jobs = await connection.fetch(_LOOK, receipt.payment_hash, before)
-        if not jobs or any(job["account_id"] != job["payer"] for job in jobs):
-            return None
-        client = ledger.client(jobs[0]["payer"])
-        received = Transfer(
-            ledger.LIGHTNING, client, receipt.received_msat, "received", receipt.payment_hash
-        )
-        places = [(job["id"], lane) for job in jobs for lane in models.lanes_of(job)]
-        return await connection.fetchval(
-            _START,
-            receipt.payment_hash,
-            receipt.received_msat,
-            receipt.settled_at,
-            job_states.MOVES[Event.PAY][1].value,
-            before,
-            [job["id"] for job in jobs],
-            [ledger.escrow(job["id"]) for job in jobs],
-            [ledger.transfer_id(job["id"], "hold") for job in jobs],
-            [job_id for job_id, _ in places],
-            [lane for _, lane in places],
-            received.id,
-            received.debit,
-            client,
-            receipt.backend,
-            receipt.cursor,
-        )
+    def __init__(self, database: Database, models: Models) -> None:
+        self._database = database
+        self._models = models
+        # By payment hash: the payer's account, and the jobs. None of it changes before they start.
+        self._sold: OrderedDict[str, tuple[str, Sequence[Any]]] = OrderedDict()
+
+    def remember(self, issued: IssuedInvoice, quote: NewQuote) -> None:
+        """An invoice was made for a quote: most are paid within seconds, or never."""
+        if quote.characters <= REMEMBERED_CHARACTERS:
+            self._sold[issued.payment_hash] = (issued.account_id, quote.jobs)
+        if len(self._sold) > REMEMBERED:
+            self._sold.popitem(last=False)
+
+    async def start(self, receipt: Receipt) -> list[str] | None:
+        """Credit a receipt and start the jobs that it pays for; their ids, once it is committed.
+
+        None: it is not the usual case, and nothing was changed. Raises DatabaseUnavailable, and what
+        PostgreSQL refuses; then nothing was changed either, unless the connection broke.
+        """
+        sold = self._sold.pop(receipt.payment_hash, None)
+        async with self._database.connection() as connection:
+            account_id, jobs = sold or await _look(connection, receipt.payment_hash)
+            if not jobs:
+                return None
+            places = {_id(job): self._models.lanes_of(job) for job in jobs}
+            return await _start(connection, receipt, account_id, places)
+
+
+def _id(job: Any) -> str:
+    return job["id"] if hasattr(job, "__getitem__") else job.id
+
+
+async def _look(connection: Any, payment_hash: str) -> tuple[str, Sequence[Any]]:
+    """The payer's account and the waiting jobs of an open invoice; no jobs where it is none."""
+    jobs = await connection.fetch(_LOOK, payment_hash, job_states.before(Event.PAY))
+    return (jobs[0]["account_id"], jobs) if jobs else ("", ())
+
+
+async def _start(
+    connection: Any, receipt: Receipt, account_id: str, lanes: dict[str, list[str]]
+) -> list[str] | None:
+    client = ledger.client(account_id)
+    received = Transfer(
+        ledger.LIGHTNING, client, receipt.received_msat, "received", receipt.payment_hash
+    )
+    places = [(job_id, lane) for job_id in lanes for lane in lanes[job_id]]
+    return await connection.fetchval(
+        _START,
+        receipt.payment_hash,
+        receipt.received_msat,
+        receipt.settled_at,
+        job_states.MOVES[Event.PAY][1].value,
+        job_states.before(Event.PAY),
+        list(lanes),
+        [ledger.escrow(job_id) for job_id in lanes],
+        [ledger.transfer_id(job_id, "hold") for job_id in lanes],
+        [job_id for job_id, _ in places],
+        [lane for _, lane in places],
+        received.id,
+        received.debit,
+        client,
+        receipt.backend,
+        receipt.cursor,
+        account_id,
+    )

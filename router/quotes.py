@@ -41,6 +41,7 @@ from router.errors import (
 from router.job_records import NewJob, NewQuote
 from router.lanes import ANY_MODEL
 from router.models import Models
+from router.paid_quotes import PaidQuotes
 from router.prompt_prefix import prefix_of
 from router.requests import Item, Request
 from router.settings import Settings
@@ -103,6 +104,7 @@ class Quotes:
         models: Models,
         backend: LightningBackend,
         watcher: InvoiceWatcher,
+        paid: PaidQuotes,
         *,
         network: str,
         clock: Callable[[], datetime],
@@ -112,6 +114,7 @@ class Quotes:
         self._models = models
         self._backend = backend
         self._watcher = watcher
+        self._paid = paid
         self._network = network
         self._clock = clock
         self.fees = Fees(database)
@@ -312,22 +315,32 @@ class Quotes:
         async with self._database.transaction() as connection:
             return await self._store(connection, quote, None)
 
-    async def _store(self, connection: Any, quote: NewQuote, account_id: str | None) -> StoredQuote:
+    async def _store(
+        self,
+        connection: Any,
+        quote: NewQuote,
+        account_id: str | None,
+        *,
+        payment_hash: str | None = None,
+    ) -> StoredQuote:
+        """Insert a quote; with its texts, unless it has an invoice: then its jobs are rows, too."""
+        texts = None if payment_hash else json.dumps([asdict(job) for job in quote.jobs])
         now = self._clock()
         expires_at = now + timedelta(seconds=self._settings.quote_ttl_s)
         await connection.execute(
             "insert into quotes (id, account_id, state, request, request_hash, base_fee_msat,"
-            " offer_msat, max_wait_s, created_at, expires_at)"
-            " values ($1, $2, 'open', $3, $4, $5, $6, $7, $8, $9)",
+            " offer_msat, max_wait_s, created_at, expires_at, payment_hash)"
+            " values ($1, $2, 'open', $3, $4, $5, $6, $7, $8, $9, $10)",
             quote.id,
             account_id,
-            json.dumps([asdict(job) for job in quote.jobs]),
+            texts,
             quote.request_hash,
             quote.base_fee_msat,
             quote.offer_msat,
             quote.max_wait_s,
             now,
             expires_at,
+            payment_hash,
         )
         return StoredQuote(
             id=quote.id,
@@ -336,7 +349,7 @@ class Quotes:
             request_hash=quote.request_hash,
             base_fee_msat=quote.base_fee_msat,
             offer_msat=quote.offer_msat,
-            payment_hash=None,
+            payment_hash=payment_hash,
             max_wait_s=quote.max_wait_s,
             created_at=now,
             expires_at=expires_at,
@@ -366,8 +379,10 @@ class Quotes:
         issued = await self._request(quote)
         async with self._database.transaction() as connection:
             account_id = account_id or await accounts.create_account(connection)
-            stored = await self._store(connection, quote, account_id)
-            return await self._attach(connection, stored, quote, account_id, issued)
+            stored = await self._store(connection, quote, account_id, payment_hash=issued[0])
+            invoice = await self._sell(connection, stored, quote, account_id, issued)
+        self._paid.remember(invoice, quote)
+        return invoice
 
     async def issue_for(self, quote_id: str) -> IssuedInvoice:
         """An invoice for a stored, open quote. Raises QuoteExpired; a quote has one invoice."""
@@ -383,7 +398,16 @@ class Quotes:
             self._check_open(stored)
             assert stored.quote is not None
             account_id = await accounts.create_account(connection)
-            return await self._attach(connection, stored, stored.quote, account_id, issued)
+            # The jobs are rows from here on, so the quote's own copy of the texts can go.
+            await connection.execute(
+                "update quotes set account_id = $2, payment_hash = $3, request = null where id = $1",
+                quote_id,
+                account_id,
+                issued[0],
+            )
+            invoice = await self._sell(connection, stored, stored.quote, account_id, issued)
+        self._paid.remember(invoice, stored.quote)
+        return invoice
 
     def _check_open(self, stored: StoredQuote) -> None:
         if stored.state != "open" or stored.expires_at <= self._clock():
@@ -407,7 +431,7 @@ class Quotes:
         )
         return payment_hash, bolt11, amount_msat, expires_at
 
-    async def _attach(
+    async def _sell(
         self,
         connection: Any,
         stored: StoredQuote,
@@ -415,14 +439,8 @@ class Quotes:
         account_id: str,
         issued: tuple[str, str, int, datetime],
     ) -> IssuedInvoice:
+        """Keep the jobs of a quote and the invoice for it."""
         payment_hash, bolt11, amount_msat, expires_at = issued
-        # The jobs are rows from here on, so the quote's own copy of the texts can go.
-        await connection.execute(
-            "update quotes set account_id = $2, payment_hash = $3, request = null where id = $1",
-            stored.id,
-            account_id,
-            payment_hash,
-        )
         await job_submits.store_awaiting(connection, quote, account_id)
         return await invoices.store_invoice(
             connection,

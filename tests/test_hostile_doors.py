@@ -14,10 +14,10 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from billing import ledger
-from router import paid_quotes
 from router.api.kobold_worker import NEW_PER_MINUTE
 from router.dispatcher import MOST_PROBES
 from router.models import MOST_KNOWN
+from router.paid_quotes import PaidQuotes
 from router.pull_records import Passwords
 from router.rate_limits import KEY_FAILURES_PER_MINUTE, UNPAID_UNITS_PER_MINUTE
 from tests.poll_tools import HORDE_PROMPT, apikey
@@ -306,7 +306,7 @@ async def test_a_payment_that_can_start_nothing_is_its_payer_s_and_holds_up_nobo
             raise fault
 
         monkeypatch.setattr(router.core.quotes, "on_credit", on_credit)
-        monkeypatch.setattr(paid_quotes, "start", at_once)
+        monkeypatch.setattr(PaidQuotes, "start", at_once)
         for one in due:
             await router.pay(one["invoice"])
         async with asyncio.timeout(PATIENCE_S):

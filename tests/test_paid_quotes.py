@@ -14,7 +14,7 @@ from billing import ledger
 from billing.invoice_watcher import InvoiceWatcher, Receipt
 from billing.invoices import utc_now
 from billing.lightning import Settlement
-from router import paid_quotes
+from router.paid_quotes import PaidQuotes
 from tests.door_tools import JOB
 from tests.router_rig import Rig
 
@@ -56,7 +56,7 @@ def settlement(due: dict[str, Any]) -> Settlement:
 
 
 async def start(router: Rig, told: Receipt) -> list[str] | None:
-    return await paid_quotes.start(router.core.database, router.core.models, told)
+    return await PaidQuotes(router.core.database, router.core.models).start(told)
 
 
 async def everything(router: Rig) -> dict[str, list[dict[str, Any]]]:
@@ -116,17 +116,23 @@ async def test_both_ways_leave_the_same_rows(shop: Rig):
     assert (await shop.books()).in_order
 
 
-async def test_a_router_takes_the_short_way(shop: Rig, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("sold", ["a moment ago", "by another router"])
+async def test_a_router_takes_the_short_way(shop: Rig, monkeypatch: pytest.MonkeyPatch, sold: str):
     async def steps(*_: Any) -> None:
         raise AssertionError("a paid quote went step by step")
 
     monkeypatch.setattr(shop.core.quotes, "on_credit", steps)
-    due = await bought(shop)
+    due = (await shop.http.post("/jobs", json=JOB | {"n": 2})).json()
+    known = shop.core.quotes._paid._sold
+    assert due["payment_hash"] in known
+    if sold == "by another router":
+        known.clear()
     await shop.pay(due["invoice"])
     async with asyncio.timeout(10):
         while not await shop.query("select 1 from jobs where state = 'queued'"):
             await asyncio.sleep(0.02)
     # The stream goes on after it, if it should break.
+    assert not known
     (cursor,) = await shop.query("select cursor from node_cursors where backend = 'simulated'")
     (received,) = await shop.network.received("router")
     assert cursor["cursor"] == received.cursor

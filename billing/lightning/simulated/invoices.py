@@ -57,6 +57,7 @@ class Settled:
     """A note for those who listen: this wallet has a settlement more."""
 
     wallet: str
+    record: InvoiceRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,9 @@ def settle(transaction: Transaction, payment_hash: str, amount_msat: int, *, now
         wallet,
         payment_hash,
     )
-    transaction.notes.append(Settled(wallet))
+    record = lookup(transaction, wallet, payment_hash, now_s=now_s)
+    assert record is not None
+    transaction.notes.append(Settled(wallet, record))
     return row["preimage"].hex()
 
 
@@ -235,6 +238,14 @@ def index_of(transaction: Transaction, wallet: str, cursor: str | None) -> int:
     if match is None:
         raise Refused("malformed", "not a cursor of the simulated network")
     return int(match[2]) if match[1] == node[:_NODE_CHARS] else 0
+
+
+def follows(record: InvoiceRecord, cursor: str | None) -> bool:
+    """Whether a settlement is the very next one after a cursor."""
+    if record.cursor is None or cursor is None:
+        return False
+    node, _, index = record.cursor.rpartition("-")
+    return cursor == f"{node}-{int(index) - 1}"
 
 
 def settled_after(

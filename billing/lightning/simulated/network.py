@@ -58,6 +58,7 @@ class Network:
         self._latency_s = latency_s
         self._clock = clock
         self._settled: dict[str, asyncio.Event] = {}
+        self._latest: dict[str, InvoiceRecord] = {}
         self._ended: dict[int, asyncio.Event] = {}
         self._departed = asyncio.Event()
         self._faults_scripted = False
@@ -196,7 +197,11 @@ class Network:
         while True:
             # The event is taken before the look, so that nothing falls between the two.
             more = self._settled.setdefault(wallet, asyncio.Event())
-            found = await self._store.run(self._settled_after(wallet, cursor))
+            latest = self._latest.get(wallet)
+            if latest is not None and invoices.follows(latest, cursor):
+                found = [latest]
+            else:
+                found = await self._store.run(self._settled_after(wallet, cursor))
             for record in found:
                 cursor = record.cursor
                 yield record
@@ -331,7 +336,8 @@ class Network:
     def _notice(self, notes: list[Any]) -> None:
         for note in notes:
             match note:
-                case Settled(wallet):
+                case Settled(wallet, record):
+                    self._latest[wallet] = record
                     if (event := self._settled.pop(wallet, None)) is not None:
                         event.set()
                 case Ended(payment_id):
