@@ -136,7 +136,7 @@ class Announcer:
         free: Counter[str] = Counter()
         for group in self._fleet.elsewhere():
             # Those that poll ask by themselves.
-            if group.free > 0 and any(group.drains(lane) for lane in lanes):
+            if group.free > 0 and not group.pulls and any(group.drains(lane) for lane in lanes):
                 free[group.router_id] += group.free
         if len(self._room) > 1000:
             self._room.clear()

@@ -264,13 +264,14 @@ class Presence:
         self.on_change()
 
     def _summary(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[int, Any, str | None], list[Worker]] = {}
+        groups: dict[tuple[Any, ...], list[Worker]] = {}
         for worker in self._fleet.all():
             if not worker.draining and not worker.asks_elsewhere:
                 # Workers whose models have the same limits share the set of their lanes.
                 floors = tuple(sorted(worker.floors.items()))
                 offers = repr(worker.offers.as_json()) if worker.offers is not None else None
-                groups.setdefault((id(worker.lanes), floors, offers), []).append(worker)
+                alike = id(worker.lanes), floors, offers, worker.pulls
+                groups.setdefault(alike, []).append(worker)
         return [_group(workers) for workers in groups.values()]
 
 
@@ -292,6 +293,7 @@ def _group(workers: list[Worker]) -> dict[str, Any]:
         "service_s": _rounded(_mean, workers, "service_s"),
         "floors": workers[0].floors,
         "offers": workers[0].offers.as_json() if workers[0].offers is not None else None,
+        "pulls": workers[0].pulls,
     }
 
 
@@ -310,13 +312,14 @@ def _mean(values: Iterable[float]) -> float:
 
 def _far_workers(router_id: str, index: int, group: dict[str, Any]) -> FarWorkers:
     models = [ServedModel.model_validate(model) for model in group["models"]]
-    # A router of another version may not say what its workers would serve besides.
+    # A router of another version may say less of its workers.
     offers = group.get("offers")
     return FarWorkers(
         id=f"{router_id}/{index}",
         name=None,
         models=models,
         offers=Offers.read(offers, (model.id for model in models)) if offers else None,
+        pulls=group.get("pulls", False),
         slots=group["slots"],
         payable=True,
         ln_url=None,

@@ -145,6 +145,14 @@ async def test_while_all_are_busy_nobody_is_told(monkeypatch: pytest.MonkeyPatch
     assert here.bus.all == 0
 
 
+async def test_workers_that_poll_are_no_room_to_be_told_of():
+    here = Here(HUNDRED)
+    for group in here.fleet.elsewhere():
+        group.pulls = group.router_id != "r7"
+    here.queue(1)
+    assert list(await here.told()) == ["r7"]
+
+
 async def test_what_was_claimed_before_its_buyer_s_turn_is_not_told():
     here = Here(HUNDRED)
     here.hub.open("0", State.RUNNING)

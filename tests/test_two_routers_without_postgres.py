@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from router import following
+from router.database import DatabaseUnavailable
 from router.embedded_postgres import EmbeddedPostgres
 from tests.nats_tools import nats_if_any
 from tests.reading import CHAT, PATIENCE_S, Reader, until
@@ -111,3 +112,41 @@ async def test_who_waits_long_for_a_commit_elsewhere_is_told_where_the_answer_wi
         (charged,) = await a.query("select count(*) from jobs where state = 'succeeded'")
         assert charged[0] == 1
     assert (await a.books()).in_order
+
+
+class Away:
+    """A database that cannot be reached."""
+
+    def connection(self) -> Any:
+        raise DatabaseUnavailable("away")
+
+
+async def test_a_reader_whose_router_alone_misses_the_database_does_not_wait_for_ever(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The other router has committed and says so; how it ended is read in the database only."""
+    monkeypatch.setattr(following, "COMMIT_PATIENCE_S", 0.5)
+    async with running_pair(tmp_path, database_url, lines=(None, None)) as (a, b):
+        key = await a.bearer()
+        async with worker_at(b, known_at=a) as worker:
+            send = b.core.relay.bus.send
+
+            def lose_ending(to: str, message: list[Any]) -> None:
+                if message[0] != "ending":
+                    send(to, message)
+
+            monkeypatch.setattr(b.core.relay.bus, "send", lose_ending)
+            reader = Reader(a.http, key)
+            job = await worker.job()
+            await worker.say(job, "all of it")
+            await reader.until_shown("all of it")
+            monkeypatch.setattr(a.core.far_jobs, "_database", Away())
+            await worker.finish(job, tokens=3)
+            await asyncio.wait_for(reader.task, PATIENCE_S)
+        (told,) = reader.errors
+        assert (told["code"], told["job"]) == ("answer_delayed", job["job_id"])
+        assert not reader.done
+        token = {"Authorization": f"Bearer {told['token']}"}
+        view = await b.http.get(told["status_url"], headers=token)
+        assert view.json()["state"] == "succeeded"
+        assert (await a.books()).in_order
