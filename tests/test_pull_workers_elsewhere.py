@@ -137,6 +137,18 @@ async def test_an_answer_for_a_router_that_is_lost_comes_too_late(
     assert (late.status_code, late.json()["rc"]) == (400, "AbortedGen")
 
 
+async def test_a_client_that_cancels_at_another_router_still_pays_who_cannot_be_told(pair):
+    """AH-6: a worker that polls finishes, and is paid, wherever its client says that it has gone."""
+    a, b = pair
+    key, given_id, asked = await horde_job(a)
+    gone = await b.http.delete(f"/api/v2/generate/text/status/{asked}")
+    assert (gone.status_code, gone.json()["processing"]) == (200, 1)
+    done = await bring(b, key, given_id, "Nobody waits for it.")
+    assert done.status_code == 200 and done.json()["reward"] > 0
+    (job,) = await a.query("select state from jobs")
+    assert job["state"] == "succeeded"
+
+
 async def test_a_worker_that_polls_at_every_router_is_one_worker(pair):
     """Behind a load balancer each pop comes to another; what it has goes on wherever it got it."""
     a, b = pair

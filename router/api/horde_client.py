@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from billing.msat import MSAT_PER_SAT
-from router import kobold_params, requests, text_workers
+from router import kobold_params, pull_records, requests, text_workers
 from router.api import payment, purchase
 from router.api.answers import answer, core_of, read_object
 from router.api.horde_errors import HordeRefusal, refusal
@@ -196,16 +196,21 @@ async def cancel(request: Request, request_id: str) -> Response:
         at = await _progress(core, request_id)
         before = await _status(core, at)
         for row in at.rows:
-            if State(row["state"]) is State.QUEUED or _can_be_stopped(core, row):
+            if State(row["state"]) is State.QUEUED or await _can_be_stopped(core, row):
                 await core.jobs.cancel(row["id"])
         return answer(before, headers=at.headers())
     except Exception as error:
         return refusal(error, request)
 
 
-def _can_be_stopped(core: Core, row: Any) -> bool:
-    worker = core.fleet.get(row["worker_id"] or "")
-    return State(row["state"]) is State.RUNNING and not (worker is not None and worker.pulls)
+async def _can_be_stopped(core: Core, row: Any) -> bool:
+    """Whether a job runs at a worker that can be told, at whichever router that is."""
+    if State(row["state"]) is not State.RUNNING:
+        return False
+    worker = core.fleet.get(row["worker_id"])
+    if worker is not None:
+        return not worker.pulls
+    return await pull_records.find(core.database, worker_id=row["worker_id"]) is None
 
 
 async def _progress(core: Core, request_id: str) -> Progress:
