@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from router.core import Core
+from router.workers import Worker
 
 
 async def set_draining(connection: Any, worker_id: str, draining: bool) -> bool | None:
@@ -37,19 +38,27 @@ async def follow(core: Core) -> None:
     """Bring the workers connected here in line with what was ordered at another router."""
     async with core.database.connection() as connection:
         rows = await connection.fetch(
-            "select id, draining, quality, banned_at is not null as banned from workers"
-            " where id = any($1::text[])",
+            "select w.id, w.draining, w.quality, w.banned_at is not null as banned,"
+            " case when p.next_ln_url_at <= $2 then p.next_ln_url else p.ln_url end as ln_url"
+            " from workers w left join payees p on p.id = w.id where w.id = any($1::text[])",
             [worker.id for worker in core.fleet.all()],
+            core.clock(),
         )
     for row in rows:
         worker = core.fleet.get(row["id"])
         if worker is not None:
             worker.standing.quality = row["quality"]
+            paid_at(worker, row["ln_url"])
         if row["banned"]:
             cut_off(core, row["id"], "banned")
         elif worker is not None and worker.told_to_drain != row["draining"]:
             # A worker may also drain of its own accord: that is not for us to undo.
             apply_draining(core, row["id"], row["draining"])
+
+
+def paid_at(worker: Worker, ln_url: str | None) -> None:
+    """Whether a worker is paid for its jobs from now on; for one that polls it is always kept."""
+    worker.ln_url, worker.payable = ln_url, ln_url is not None or worker.pulls
 
 
 def cut_off(core: Core, worker_id: str, reason: str) -> bool:

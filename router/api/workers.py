@@ -50,7 +50,9 @@ async def change_address(request: Request) -> Response:
         address = await payees.set_address(connection, row["id"], ln_url, now=core.clock())
     live = core.fleet.get(row["id"])
     if live is not None:
-        live.ln_url, live.payable = address.ln_url, address.ln_url is not None or live.pulls
+        worker_controls.paid_at(live, address.ln_url)
+    else:
+        core.relay.tell_changed()
     return answer({"worker_id": row["id"], **worker_views.address_view(address)})
 
 

@@ -1,0 +1,85 @@
+"""What a worker's owner says at a router that the worker is not connected to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from billing.ledger import balance_msat
+from billing.ledger import worker as worker_account
+from tests.nats_tools import nats_if_any
+from tests.reading import CHAT, until
+from tests.router_rig import Rig
+from tests.test_two_routers import running_pair, worker_at
+
+
+@pytest.fixture
+async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
+    async with (
+        nats_if_any(tmp_path) as line,
+        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
+    ):
+        yield rigs
+
+
+async def post_job(rig: Rig, key: dict[str, str]) -> dict[str, Any]:
+    waits = key | {"X-Max-Wait-S": "60"}
+    reply = await rig.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=waits)
+    assert reply.status_code == 202, reply.text
+    return reply.json()["jobs"][0]
+
+
+async def test_an_address_that_is_named_at_another_router_is_paid_from_then_on(pair):
+    """A first address counts at once, wherever it is said."""
+    a, b = pair
+    key = await a.bearer()
+    async with worker_at(b, known_at=a, ln_url=None) as worker:
+        (live,) = b.core.fleet.all()
+        assert not live.payable
+        owner = {"Authorization": f"Bearer {worker.key}"}
+        said = await a.http.put(
+            "/workers/me/ln_url", json={"ln_url": f"me@{a.lnurl_host}"}, headers=owner
+        )
+        assert said.status_code == 200, said.text
+
+        async def payable() -> bool:
+            return live.payable and live.ln_url == f"me@{a.lnurl_host}"
+
+        await until(payable)
+        link = await post_job(a, key)
+        await worker.serve("Paid for.")
+
+        async def owed() -> int:
+            async with a.core.database.connection() as connection:
+                return await balance_msat(connection, worker_account(worker.id))
+
+        earned_msat = await until(owed)
+        token = {"Authorization": f"Bearer {link['token']}"}
+        charged = (await a.http.get(link["status_url"], headers=token)).json()["charged_msat"]
+        assert 0 < earned_msat < charged
+    assert (await a.books()).in_order
+
+
+async def test_a_worker_rests_and_comes_back_at_a_word_to_any_router(pair):
+    a, b = pair
+    key = await a.bearer()
+    async with worker_at(b, known_at=a) as worker:
+        (live,) = b.core.fleet.all()
+        owner = {"Authorization": f"Bearer {worker.key}"}
+
+        async def rests() -> bool:
+            return live.told_to_drain
+
+        async def works() -> bool:
+            return not live.told_to_drain
+
+        assert (await a.http.post("/workers/me/drain", headers=owner)).json()["draining"]
+        await until(rests)
+        await post_job(b, key)
+        await worker.nothing(0.2)
+        assert not (await a.http.post("/workers/me/resume", headers=owner)).json()["draining"]
+        await until(works)
+        await worker.job()
