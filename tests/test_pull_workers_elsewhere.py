@@ -77,8 +77,11 @@ async def test_a_fault_that_is_told_to_another_router_is_one_requeue(pair):
     key, given_id, _ = await horde_job(a)
     replies = [await bring(b, key, given_id, "", "faulted") for _ in range(3)]
     assert [(r.status_code, r.json()) for r in replies] == [(200, {"reward": 0.0})] * 3
-    attempts = await a.query("select outcome from attempts")
-    assert [row["outcome"] for row in attempts] == ["faulted"]
+
+    async def given_back() -> list[Any]:
+        return await a.query("select outcome from attempts where outcome is not null")
+
+    assert [row["outcome"] for row in await until(given_back)] == ["faulted"]
     late = await bring(b, key, given_id, "After all.")
     assert (late.status_code, late.json()["rc"]) == (400, "DuplicateGen")
     unknown = await bring(b, key, given_id[:-1] + ("0" if given_id[-1] != "0" else "1"), "Whose?")
