@@ -273,12 +273,19 @@ def join(
     attempts.on_queued = partial(_on_queued, core)
     relay.on_claimed = core.announcer.claimed
     relay.on_work = core.dispatcher.wake
+    far_calls.answer_with("worker-view", partial(_told_of_worker, core))
     relay.on_come = gate.come_elsewhere
     gate.on_admitted = relay.tell_come
     pull_gate.on_asked_here = relay.tell_come
     relay.bus.on_up = partial(_on_bus_up, core)
     gate.on_idle = core.dispatcher.wake
     return core
+
+
+async def _told_of_worker(core: Core, brings: list[Any]) -> dict[str, Any] | None:
+    """What another router tells a worker's owner that is connected here."""
+    row = await worker_views.find_by_id(core, brings[0])
+    return await worker_views.own_view_here(core, row) if row is not None else None
 
 
 def _bus(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from billing.payout_records import PayoutRecord
 from billing.payout_settings import PayoutSettings
 from billing.payout_states import PayoutState
 from router.core import Core
+from router.far_calls import NoAnswer
 from router.job_views import time_text
 from router.queenbee_models import INFER
 from router.sessions import capabilities_of
@@ -34,18 +36,37 @@ union all
 order by at desc limit $3"""
 
 
+_WORKER = """
+select w.*, (select count(*) from jobs j where j.state = 'running' and j.worker_id = w.id) as running
+from workers w where """
+# How long the router that a worker is connected to may think about how it is.
+ELSEWHERE_S = 2.0
+
+
 async def find(core: Core, worker_key: str) -> Any:
     """The row of the worker that holds this key; None when there is none."""
     async with core.database.connection() as connection:
-        return await connection.fetchrow(
-            "select w.*, (select count(*) from jobs j where j.state = 'running' and j.worker_id = w.id)"
-            " as running from workers w where key_hash = $1",
-            hash_worker_key(worker_key),
-        )
+        return await connection.fetchrow(_WORKER + "w.key_hash = $1", hash_worker_key(worker_key))
+
+
+async def find_by_id(core: Core, worker_id: str) -> Any:
+    async with core.database.connection() as connection:
+        return await connection.fetchrow(_WORKER + "w.id = $1", worker_id)
 
 
 async def own_view(core: Core, row: Any) -> dict[str, Any]:
-    """All that a worker's owner may know of it (`GET /workers/me`)."""
+    """All that a worker's owner may know of it (`GET /workers/me`), as its router knows it."""
+    if core.fleet.get(row["id"]) is None and core.presence.is_connected(row):
+        with suppress(NoAnswer):
+            router_id = row["router_id"]
+            return await core.far_calls.ask(
+                router_id, "worker-view", row["id"], within_s=ELSEWHERE_S
+            )
+    return await own_view_here(core, row)
+
+
+async def own_view_here(core: Core, row: Any) -> dict[str, Any]:
+    """The same, as this router knows it."""
     worker_id, now = row["id"], core.clock()
     live = core.fleet.get(worker_id)
     await core.market.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from billing.ledger import balance_msat
 from billing.ledger import worker as worker_account
+from router import worker_views
 from tests.nats_tools import nats_if_any
+from tests.pull_stand_ins import KoboldCpp
 from tests.reading import CHAT, until
 from tests.router_rig import Rig
 from tests.test_two_routers import running_pair, worker_at
@@ -83,3 +86,44 @@ async def test_a_worker_rests_and_comes_back_at_a_word_to_any_router(pair):
         assert not (await a.http.post("/workers/me/resume", headers=owner)).json()["draining"]
         await until(works)
         await worker.job()
+
+
+async def test_what_an_owner_is_shown_is_the_same_at_every_router(pair, monkeypatch):
+    """How a worker is now, only its router knows: that one is asked."""
+    a, b = pair
+    key = await a.bearer()
+    async with worker_at(b, known_at=a) as worker:
+        owner = {"Authorization": f"Bearer {worker.key}"}
+        await post_job(a, key)
+        job = await worker.job()
+        await post_job(a, key)
+
+        async def shown(rig: Rig) -> dict[str, Any]:
+            return (await rig.http.get("/workers/me", headers=owner)).json()
+
+        async def noted() -> bool:
+            return (await shown(a))["online"] and (await shown(a))["skips"] != []
+
+        await until(noted)
+        here, there = await shown(b), await shown(a)
+        assert here == there
+        assert (there["busy"], there["skips"][0]["code"]) == (1, "busy")
+        # Without an answer it is shown what the database knows.
+        monkeypatch.setattr(worker_views, "ELSEWHERE_S", 0.0)
+        alone = await shown(a)
+        assert (alone["online"], alone["busy"]) == (True, 1)
+        await worker.finish(job, tokens=1)
+        await worker.serve()
+
+
+async def test_a_worker_that_polls_and_is_away_is_shown_to_its_owner(pair):
+    a, b = pair
+    key = "a-secret-of-twenty-characters"
+    await KoboldCpp(b, key, name="gone").pop()
+    basic = base64.b64encode(f"gone:{key}".encode()).decode()
+    (session,) = b.core.gate.sessions.values()
+    session.cut("as if it had left", blame="nobody")
+    for rig in (a, b):
+        reply = await rig.http.get("/workers/me", headers={"Authorization": f"Basic {basic}"})
+        assert reply.status_code == 200, reply.text
+        assert (reply.json()["name"], reply.json()["busy"]) == ("gone", 0)

@@ -147,8 +147,7 @@ async def _by_name(core: Core, encoded: str) -> Any:
         return None
     if owner_hash != named.owner_hash:
         return None
-    async with core.database.connection() as connection:
-        return await connection.fetchrow("select * from workers where id = $1", named.worker_id)
+    return await worker_views.find_by_id(core, named.worker_id)
 
 
 async def resolve_address(core: Core, text: str, *, on_behalf_of: str) -> tuple[str, PayTerms]:
