@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from router.job_states import State
@@ -179,6 +179,7 @@ class StreamHub:
     """The streams of this process, by job."""
 
     TICK_S = 1.0
+    SLICES = 50
 
     def __init__(self) -> None:
         self._streams: dict[str, JobStream] = {}
@@ -206,7 +207,7 @@ class StreamHub:
     def drop(self, job_id: str) -> None:
         self._streams.pop(job_id, None)
 
-    def all(self) -> Iterable[JobStream]:
+    def all(self) -> list[JobStream]:
         return list(self._streams.values())
 
     def _tell_later(self, stream: JobStream) -> None:
@@ -222,15 +223,21 @@ class StreamHub:
 
     async def _tick(self) -> None:
         # One timer for all: readers use it to show positions and to keep their lines open, which
-        # output does as well.
+        # output does as well. Thousands may wait: woken all at once, they would make others wait.
         while True:
-            await asyncio.sleep(self.TICK_S)
-            for stream in self.all():
-                if stream.outcome and not stream.readers:
-                    self.drop(stream.job_id)
-                if not stream.spoke:
-                    stream.wake()
-                stream.spoke = False
+            streams = self.all()
+            most = -(-len(streams) // self.SLICES) or 1
+            for start in range(0, len(streams) or 1, most):
+                for stream in streams[start : start + most]:
+                    self._tick_one(stream)
+                await asyncio.sleep(self.TICK_S * most / (len(streams) or 1))
+
+    def _tick_one(self, stream: JobStream) -> None:
+        if stream.outcome and not stream.readers:
+            self.drop(stream.job_id)
+        if not stream.spoke:
+            stream.wake()
+        stream.spoke = False
 
 
 _NOT_SAID = frozenset({"id", "type", "role"})
