@@ -250,7 +250,7 @@ def join(
         announcer=Announcer(relay.bus, fleet, hub, relay.tell_work),
         presence=presence,
         gate=gate,
-        projects=Projects(database, gate, router_id=this_router),
+        projects=Projects(database, gate, far_calls, alive=presence.alive, router_id=this_router),
         asks=asks,
         dispatcher=dispatcher,
         pull_gate=pull_gate,

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from router import workers
 from router.database import Database, DatabaseUnavailable
 from router.errors import Forbidden, NoSuchThing
+from router.far_calls import FarCalls, NoAnswer
 from router.http_sessions import HttpSession, HttpWorker
 from router.named_locks import NamedLocks
 from router.project_requests import Project, ProjectModel
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 AGAIN_S = 15.0
 # So many are let in again at once.
 BACK_AT_ONCE = 8
+# How long other routers may take to say which workers of a project they have.
+PEERS_S = 2.0
 
 _SAVE = """
 insert into projects (router_id, name, owner, has_key_identity, ln_url, slots, models)
@@ -40,9 +43,20 @@ on conflict (router_id, name) do update set ln_url = excluded.ln_url, slots = ex
 class Projects:
     """The projects of this router."""
 
-    def __init__(self, database: Database, gate: WorkerGate, *, router_id: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        gate: WorkerGate,
+        calls: FarCalls,
+        *,
+        alive: Callable[[], list[str]],
+        router_id: str,
+    ) -> None:
         self._database = database
         self._gate = gate
+        self._calls = calls
+        self._alive = alive
+        calls.answer_with("project-peers", self._told_peers)
         self._router_id = router_id
         self._sessions: dict[tuple[str, str], HttpSession] = {}
         self._locks = NamedLocks()
@@ -126,6 +140,41 @@ class Projects:
             and not session.closed
             and any(served.id == model for served in session.worker.models)
         ]
+
+    async def peers(self, name: str, model: str, most: int) -> list[tuple[str, int]]:
+        """The market's workers that serve a model of a project now: public ids and free slots.
+
+        Those of another router are left out while that does not answer.
+        """
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "select router_id from projects where name = $1 and router_id = any($2::text[])",
+                name,
+                self._alive(),
+            )
+        told = await asyncio.gather(
+            *(
+                self._calls.ask(
+                    row["router_id"], "project-peers", name, model, most, within_s=PEERS_S
+                )
+                for row in rows
+            ),
+            return_exceptions=True,
+        )
+        found = self._peers_here(name, model)
+        for peers in told:
+            if not isinstance(peers, BaseException):
+                found += [(worker_id, free) for worker_id, free in peers]
+            elif not isinstance(peers, NoAnswer):
+                raise peers
+        return found[:most]
+
+    async def _told_peers(self, brings: list[Any]) -> list[tuple[str, int]]:
+        name, model, most = brings
+        return self._peers_here(name, model)[:most]
+
+    def _peers_here(self, name: str, model: str) -> list[tuple[str, int]]:
+        return [(s.worker.id, s.worker.free_slots) for s in self.serving(name, model)]
 
     # --- one at a time: of a name, and of an owner, whose first project is told from the others ----
 

@@ -15,7 +15,8 @@ from router import worker_views
 from tests.nats_tools import nats_if_any
 from tests.pull_stand_ins import KoboldCpp
 from tests.reading import CHAT, until
-from tests.router_rig import Rig
+from tests.router_rig import MODEL, Rig
+from tests.test_http_workers import model_server
 from tests.test_two_routers import running_pair, worker_at
 
 
@@ -127,3 +128,32 @@ async def test_a_worker_that_polls_and_is_away_is_shown_to_its_owner(pair):
         reply = await rig.http.get("/workers/me", headers={"Authorization": f"Basic {basic}"})
         assert reply.status_code == 200, reply.text
         assert (reply.json()["name"], reply.json()["busy"]) == ("gone", 0)
+
+
+async def test_the_peers_of_a_project_are_those_of_all_routers(pair):
+    """DG-13. A project may be registered at several routers, with servers of each."""
+    a, b = pair
+    ask = {"project": "DecentralGPT", "model": MODEL}
+
+    async def peers(rig: Rig, **more: Any) -> list[dict[str, Any]]:
+        reply = await rig.http.get("/api/v0/ai/projects/peers", params=ask | more)
+        assert reply.status_code == 200, reply.text
+        return sorted(reply.json()["data"], key=lambda peer: peer["node_id"])
+
+    async with model_server() as one, model_server() as other:
+        for rig, model, slots in ((a, one, 1), (b, other, 3)):
+            api = {
+                "model": MODEL,
+                "api": f"{model.url}/v1/chat/completions",
+                "type": 0,
+                "cid": rig.url,
+            }
+            body = {"project": "DecentralGPT", "models": [api], "slots": slots}
+            reply = await rig.http.post("/api/v0/ai/project/register", json=body)
+            assert reply.status_code == 200, reply.text
+        ids = [worker.id for rig in pair for worker in rig.core.fleet.all()]
+        for rig in pair:
+            shown = await peers(rig)
+            assert [peer["node_id"] for peer in shown] == sorted(ids)
+            assert sorted(peer["idle"] for peer in shown) == [1, 3]
+            assert len(await peers(rig, number="1")) == 1

@@ -211,21 +211,16 @@ async def list_models(request: Request) -> Response:
 async def list_peers(request: Request) -> Response:
     """Who serves a model of a project: our workers, by their public ids (DG-13).
 
-    They are on the router's machine, so there is no latency to speak of.
+    They are on the machine of a router, so there is no latency to speak of.
     """
     asked = await _asked(request)
     model = asked.get("model")
     if not isinstance(model, str) or not 0 < len(model) <= MAX_NAME:
         raise BadRequest("model must be the name of a model", param="model")
-    serving = core_of(request).projects.serving(read_name(asked), model)
+    found = await core_of(request).projects.peers(read_name(asked), model, _number(asked, 20))
     peers = [
-        {
-            "node_id": session.worker.id,
-            "connectivity": CONNECTED,
-            "latency": 0,
-            "idle": session.worker.free_slots,
-        }
-        for session in serving[: _number(asked, 20)]
+        {"node_id": worker_id, "connectivity": CONNECTED, "latency": 0, "idle": free}
+        for worker_id, free in found
     ]
     return answer({**OK, "data": peers})
 
