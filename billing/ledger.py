@@ -137,14 +137,15 @@ async def post(connection: Any, transfers: Sequence[Transfer], *, locked: bool =
     who holds the row of its job lowers it. Transfers of 0 msat are left out. Safe to repeat. Raises
     InsufficientFunds when a liability would go below zero; the transaction must then be rolled back.
     """
-    rows = list({t.id: t for t in transfers if t.amount_msat > 0}.values())
-    if not rows:
+    wanted = {t.id: t for t in transfers if t.amount_msat > 0}
+    if not wanted:
         return set()
+    rows = wanted.values()
     if not locked and any(_needs_lock(t.debit) for t in rows):
         await lock_balances(connection, [name for t in rows for name in (t.debit, t.credit)])
     done = await connection.fetch(
         _POST,
-        [t.id for t in rows],
+        list(wanted),
         [t.debit for t in rows],
         [t.credit for t in rows],
         [t.amount_msat for t in rows],

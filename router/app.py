@@ -102,6 +102,8 @@ def create_app(
         title="Satherd",
         version=info.software_version(),
         description="A Lightning-paid marketplace for LLM inference.",
+        # It would look for tracers at each request, and hand them what exceptions say.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,

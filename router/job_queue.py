@@ -47,6 +47,8 @@ insert into queue (job_id, lane, multiplier_milli, seq)
 select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
 on conflict do nothing"""
 
+# Jobs are looked up by their ids alone: seeing their state, the planner may walk the index of all that
+# wait, through whatever has waited since it was last swept.
 _HEADS = """
 select h.job_id, h.lane, h.multiplier_milli, h.seq, j.prefix,
        case when $4 then j.rates end as rates, case when $4 then j.choices end as choices,
@@ -56,7 +58,9 @@ from (select q.* from unnest($1::text[], $3::bigint[]) l(lane, floor) cross join
           (select job_id, lane, multiplier_milli, seq from queue where queue.lane = l.lane
            and multiplier_milli >= l.floor order by multiplier_milli desc, seq limit $2) q
       order by q.multiplier_milli desc, q.seq limit $2) h
-join jobs j on j.id = h.job_id and j.state = 'queued'
+cross join lateral (select state, prefix, rates, choices, attempt from jobs
+    where jobs.id = h.job_id offset 0) j
+where j.state = 'queued'
 order by h.multiplier_milli desc, h.seq"""
 
 # All rows of the job, so that the change names its lanes together. A claim at the same time goes after

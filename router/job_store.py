@@ -29,13 +29,13 @@ from router.job_records import (
 )
 from router.job_states import Event, State
 
+# Jobs are locked by their ids, whatever their state: for the same reason as in `job_queue`'s look.
 _CLAIM = """
 with given as (
     select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
         $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
 free as (
-    select id from jobs where id = any($1::text[]) and state = any($6::text[])
-    for update skip locked),
+    select id, state from jobs where id = any($1::text[]) for update skip locked),
 claimed as (
     update jobs j set state = $7, attempt = j.attempt + 1, worker_id = g.worker_id,
         router_id = g.router_id, commission_ppm = g.commission_ppm,
@@ -43,9 +43,9 @@ claimed as (
         model = case when j.choices is null then j.model else coalesce(g.model, j.model) end,
         rates = case when j.choices is null then j.rates
             else coalesce(j.choices::json ->> g.model, j.choices::json ->> '*', j.rates) end
-    from given g, free f where j.id = g.job_id and j.id = f.id
+    from given g, free f where j.id = g.job_id and j.id = f.id and f.state = any($6::text[])
     returning j.*),
-gone as (delete from queue q using free f where q.job_id = f.id),
+gone as (delete from queue q using claimed c where q.job_id = c.id),
 tried as (
     insert into attempts (job_id, n, worker_id, router_id)
     select id, attempt, worker_id, router_id from claimed)

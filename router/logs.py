@@ -173,4 +173,5 @@ def json_line(record: logging.LogRecord, message: str) -> str:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds")
+    return at.removesuffix("+00:00") + "Z"

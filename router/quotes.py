@@ -264,7 +264,9 @@ class Quotes:
     ) -> NewJob:
         item = request.items[index]
         model, rates = self._dearest(schedule, item, max_tokens)
-        spec = item.spec.model_copy(update={"max_tokens": max_tokens, "model": model})
+        spec = item.spec
+        if (spec.max_tokens, spec.model) != (max_tokens, model):
+            spec = spec.model_copy(update={"max_tokens": max_tokens, "model": model})
         demand = demands.of_spec(item.spec)
         lane, *more_lanes = [
             self._models.lane(

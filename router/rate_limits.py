@@ -142,9 +142,10 @@ def parse_networks(text: str) -> list[Network]:
 def client_address(request: HTTPConnection, proxies: list[Network]) -> str:
     """The client's address: the last in `X-Forwarded-For` that is no proxy we trust."""
     peer = request.client.host if request.client else "unknown"
-    hops = [hop.strip() for hop in request.headers.get("x-forwarded-for", "").split(",")]
-    while _trusted(peer, proxies) and hops and hops[-1]:
-        peer = hops.pop()
+    if _trusted(peer, proxies):
+        hops = [hop.strip() for hop in request.headers.get("x-forwarded-for", "").split(",")]
+        while _trusted(peer, proxies) and hops and hops[-1]:
+            peer = hops.pop()
     return _group(peer)
 
 

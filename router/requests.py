@@ -80,6 +80,9 @@ class Terms:
     run_limit_s: int | None = None
 
 
+NO_TERMS = Terms()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A checked request. `max_tokens` None: the router is to choose.
@@ -115,7 +118,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     """Check a body. `terms` come from headers and outrank those of the body."""
     if not isinstance(body, Mapping):
         raise BadRequest("the body must be a JSON object")
-    terms = _merge(terms or Terms(), _terms(body, limits))
+    terms = _merge(terms or NO_TERMS, _terms(body, limits))
     models = _models(body)
     # Embeddings have no `n`: it is a field that they do not know.
     wanted = {} if kind is Kind.EMBEDDING else body
@@ -123,7 +126,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     assert count is not None
     max_tokens = _max_tokens(body) if kind in TEXT_KINDS else None
     conditions = read_conditions(body)
-    specs = _SPECS[kind](body, max_tokens or 0)
+    specs = _SPECS[kind](body, models[0], max_tokens or 0)
     if conditions is not None:
         specs = [spec.model_copy(update={"conditions": conditions}) for spec in specs]
     if len(models) * len(specs) * count > limits.max_n:
@@ -132,7 +135,7 @@ def parse(kind: Kind, body: Any, limits: Limits, terms: Terms | None = None) -> 
     extra = _extra(body)
     # What is counted is the same for every model and every copy.
     counts = [
-        prompt_tokens(dict(spec) | extra, image_prompt_tokens=limits.image_prompt_tokens)
+        prompt_tokens(vars(spec) | extra, image_prompt_tokens=limits.image_prompt_tokens)
         for spec in specs
     ]
     items = tuple(
@@ -214,6 +217,8 @@ def terms_from(
     limits: Limits,
 ) -> Terms:
     """Terms from the headers `X-Fee-Multiplier`, `X-Max-Fee-Msat`, `X-Max-Wait-S`."""
+    if multiplier is max_fee_msat is max_wait_s is None:
+        return NO_TERMS
     named = {
         "fee_multiplier": multiplier,
         "max_fee_msat": _digits(max_fee_msat, "X-Max-Fee-Msat"),
@@ -231,6 +236,9 @@ def _digits(text: str | None, name: str) -> int | None:
 
 
 def _merge(first: Terms, second: Terms) -> Terms:
+    if first is NO_TERMS:
+        return second
+
     def pick(name: str) -> Any:
         value = getattr(first, name)
         return getattr(second, name) if value is None else value
@@ -283,7 +291,7 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _chat(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+def _chat(body: Mapping[str, Any], model: str, max_tokens: int) -> list[JobSpec]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message", param="messages")
@@ -299,7 +307,7 @@ def _chat(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
             fields[name] = body[name]
     if body.get("tool_choice") is not None:
         fields["tool_choice"] = body["tool_choice"]
-    return [_build(ChatSpec, body, max_tokens, fields)]
+    return [_build(ChatSpec, body, model, max_tokens, fields)]
 
 
 def _check_message(message: Any) -> None:
@@ -329,7 +337,7 @@ def _part_says_something(part: Any) -> bool:
     return bool(part)
 
 
-def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+def _completion(body: Mapping[str, Any], model: str, max_tokens: int) -> list[JobSpec]:
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) and prompt and not _is_tokens(prompt) else [prompt]
     suffix = body.get("suffix")
@@ -339,18 +347,24 @@ def _completion(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
     if fields["echo"] and not all(isinstance(p, str) for p in prompts):
         raise BadRequest("echo needs prompts of text: token ids are not read here", param="echo")
     return [
-        _build(CompletionSpec, body, max_tokens, fields | {"prompt": _text_or_tokens(p, "prompt")})
+        _build(
+            CompletionSpec,
+            body,
+            model,
+            max_tokens,
+            fields | {"prompt": _text_or_tokens(p, "prompt")},
+        )
         for p in prompts
     ]
 
 
-def _embedding(body: Mapping[str, Any], max_tokens: int) -> list[JobSpec]:
+def _embedding(body: Mapping[str, Any], model: str, _max_tokens: int) -> list[JobSpec]:
     given = body.get("input")
     inputs = given if isinstance(given, list) and given and not _is_tokens(given) else [given]
     if len(inputs) > MAX_INPUTS:
         raise BadRequest(f"input has at most {MAX_INPUTS} entries", param="input")
     texts = [_text_or_tokens(text, "input") for text in inputs]
-    return [EmbeddingSpec(model="", input=texts)]
+    return [EmbeddingSpec(model=model, input=texts)]
 
 
 def _wants_base64(body: Mapping[str, Any]) -> bool:
@@ -360,11 +374,11 @@ def _wants_base64(body: Mapping[str, Any]) -> bool:
     return wanted == "base64"
 
 
-def _image(body: Mapping[str, Any], _max_tokens: int) -> list[JobSpec]:
+def _image(body: Mapping[str, Any], _model: str, _max_tokens: int) -> list[JobSpec]:
     return [image_spec(body)]
 
 
-def _image_edit(body: Mapping[str, Any], _max_tokens: int) -> list[JobSpec]:
+def _image_edit(body: Mapping[str, Any], _model: str, _max_tokens: int) -> list[JobSpec]:
     return [edit_spec(body)]
 
 
@@ -398,6 +412,7 @@ def _text_or_tokens(value: Any, param: str) -> str | list[int]:
 def _build(
     shape: type[ChatSpec] | type[CompletionSpec],
     body: Mapping[str, Any],
+    model: str,
     max_tokens: int,
     fields: dict[str, Any],
 ) -> Any:
@@ -407,7 +422,7 @@ def _build(
         raise BadRequest("logit_bias: its names must be token ids", param="logit_bias")
     try:
         return shape(
-            model="",
+            model=model,
             max_tokens=max_tokens,
             stop=_stops(body),
             stream=flag(body, "stream"),
@@ -435,13 +450,13 @@ def _stops(body: Mapping[str, Any]) -> list[str]:
 
 def for_copy(spec: JobSpec, model: str, copy: int) -> JobSpec:
     """The spec for one of n answers: with a seed, each answer gets its own."""
-    changed: dict[str, Any] = {"model": model}
+    changed: dict[str, Any] = {} if spec.model == model else {"model": model}
     if copy and isinstance(spec, ImageSpec | ImageEditSpec) and spec.seed is not None:
         changed["seed"] = _seed_of_copy(spec.seed, copy)
     elif copy and isinstance(spec, ChatSpec | CompletionSpec) and spec.sampling.seed is not None:
         seed = _seed_of_copy(spec.sampling.seed, copy)
         changed["sampling"] = spec.sampling.model_copy(update={"seed": seed})
-    return spec.model_copy(update=changed)
+    return spec.model_copy(update=changed) if changed else spec
 
 
 def _seed_of_copy(seed: int, copy: int) -> int:

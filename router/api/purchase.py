@@ -34,6 +34,11 @@ CAPABILITIES = {
     Kind.IMAGE_EDIT: "images",
 }
 MAX_IDEMPOTENCY_KEY = 255
+_TERMS = {
+    b"x-fee-multiplier": "multiplier",
+    b"x-max-fee-msat": "max_fee_msat",
+    b"x-max-wait-s": "max_wait_s",
+}
 # Not in the middle of a word: by chance these letters stand in many a credential in base64.
 _KEY = re.compile(r"(?:^|\s)sk-")
 
@@ -82,13 +87,11 @@ def parse(core: Core, request: Request, kind: Kind, body: Any) -> requests.Reque
 
 def terms(core: Core, request: Request) -> Terms:
     """What the headers say about money and time. Raises BadRequest."""
-    headers = request.headers
-    return requests.terms_from(
-        multiplier=headers.get("x-fee-multiplier"),
-        max_fee_msat=headers.get("x-max-fee-msat"),
-        max_wait_s=headers.get("x-max-wait-s"),
-        limits=core.limits,
-    )
+    said: dict[str, str] = {}
+    for name, value in request.headers.raw:
+        if name in _TERMS:
+            said.setdefault(_TERMS[name], value.decode("latin-1"))
+    return requests.terms_from(**said, limits=core.limits)
 
 
 async def buy(
@@ -114,14 +117,15 @@ async def buy(
         if brings_key(request, style):
             raise
         payer = None
-    if payer is not None:
-        before = await _bought_before(core, request, wanted, payer)
-        if before is not None:
-            return before
-    await refuse_when_closed(core)
     if payer is None:
+        await refuse_when_closed(core)
         raise await _challenge(core, request, wanted)
-    return await _from_balance(core, request, wanted, payer, style)
+    once = _once(request, wanted, payer)
+    before = await _bought_before(core, wanted, payer, once)
+    if before is not None:
+        return before
+    await refuse_when_closed(core)
+    return await _from_balance(core, request, wanted, payer, once, style)
 
 
 def brings_key(request: Request, style: Style = AT_ONCE) -> bool:
@@ -143,7 +147,7 @@ async def refuse_when_closed(core: Core) -> None:
 
 
 async def _bought_before(
-    core: Core, request: Request, wanted: requests.Request, payer: Payer
+    core: Core, wanted: requests.Request, payer: Payer, once: tuple[str, str] | None
 ) -> Purchase | None:
     """The jobs that were bought by this very request, with this credential or Idempotency-Key.
 
@@ -154,7 +158,6 @@ async def _bought_before(
         quote = await core.quotes.by_payment_hash(payer.payment_hash)
         if quote and quote.state == "paid" and quote.request_hash == wanted.request_hash:
             return await _purchase(core, quote.id, payer, cancel_when_gone=False)
-    once = _once(request, wanted, payer)
     quote_id = await core.jobs.submitted(once, wanted.request_hash) if once else None
     if quote_id is None:
         return None
@@ -162,10 +165,14 @@ async def _bought_before(
 
 
 async def _from_balance(
-    core: Core, request: Request, wanted: requests.Request, payer: Payer, style: Style
+    core: Core,
+    request: Request,
+    wanted: requests.Request,
+    payer: Payer,
+    once: tuple[str, str] | None,
+    style: Style,
 ) -> Purchase:
-    once = _once(request, wanted, payer)
-    gone = _leaves_with_client(request, payer, style)
+    gone = once is None and _leaves_with_client(request, payer, style)
     budget = None
     if wanted.max_tokens is None and wanted.kind in TEXT_KINDS:
         budget = await _budget_msat(core, payer)
@@ -189,12 +196,8 @@ async def _from_balance(
 
 
 def _leaves_with_client(request: Request, payer: Payer, style: Style) -> bool:
-    """Whether a client that goes takes its jobs along (§3.5): not where it can come back for them."""
-    return (
-        payer.key is not None
-        and "idempotency-key" not in request.headers
-        and (style.attached or request.scope["path"].startswith("/v1/"))
-    )
+    """Whether a client that goes takes its jobs along (§3.5), if it cannot come back for them."""
+    return payer.key is not None and (style.attached or request.scope["path"].startswith("/v1/"))
 
 
 def _once(request: Request, wanted: requests.Request, payer: Payer) -> tuple[str, str] | None:
