@@ -36,7 +36,7 @@ from worker.protocol import JOB_SPEC, ChatSpec, CompletionSpec, FinishReason, Jo
 STALE_S = 300.0
 # How long an id is remembered that was answered or aborted, and how many.
 REMEMBERED_S = 3600.0
-_MOST_REMEMBERED = 100_000
+MOST_REMEMBERED = 100_000
 # As for every worker: more than this is no answer to what was asked.
 _BYTES_PER_TOKEN, _BYTES_SPARE = 64, 65_536
 # A worker that asks is idle, whatever it has: KoboldCpp drops what failed without a word (KP-6), and
@@ -95,7 +95,7 @@ class HandedOut:
         now = time.monotonic()
         self._ended[held.id] = (now, end)
         while self._ended and (
-            len(self._ended) > _MOST_REMEMBERED
+            len(self._ended) > MOST_REMEMBERED
             or next(iter(self._ended.values()))[0] < now - REMEMBERED_S
         ):
             self._ended.popitem(last=False)

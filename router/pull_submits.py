@@ -21,6 +21,7 @@ from router.errors import RouterSilent
 from router.far_calls import FarCalls, NoAnswer
 from router.presence import Presence
 from router.pull_sessions import (
+    MOST_REMEMBERED,
     REMEMBERED_S,
     SETTLE_S,
     End,
@@ -168,7 +169,10 @@ class PullSubmits:
     ) -> None:
         now = time.monotonic()
         self._taken[given_id] = _Taken(now, name, fingerprint, word)
-        while next(iter(self._taken.values())).at < now - REMEMBERED_S:
+        while (
+            len(self._taken) > MOST_REMEMBERED
+            or next(iter(self._taken.values())).at < now - REMEMBERED_S
+        ):
             self._taken.popitem(last=False)
 
 
