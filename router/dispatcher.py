@@ -2,7 +2,9 @@
 
 One task wakes when a job is queued or a slot becomes free, and once a second in case another router
 queued something. It looks at the heads of the lanes that idle workers drain, matches them in memory,
-and claims all matches in one batch; a claim that another router won is simply looked for again.
+and claims all matches in one batch; a claim that another router won is simply looked for again. One
+job that was paid for just now is claimed without that look, if it is the first of all that its worker
+drains: the claim finds that out.
 """
 
 from __future__ import annotations
@@ -11,17 +13,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from router.asks import accepts
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads, specs_of, waiting_lanes
 from router.job_records import Claim, Claimed
+from router.job_store import claim_first, claim_many
 from router.workers import Fleet, Worker
 
 log = logging.getLogger(__name__)
+
+Claims = Sequence[Claimed | BaseException | None]
+ClaimAll = Callable[[list[Claim]], Awaitable[Claims]]
 
 POLL_S = 1.0
 # Heads looked at beyond the number of free slots: some may fit nobody who is idle.
@@ -33,6 +40,8 @@ WARM_ENOUGH = 0.7
 # Lanes that are looked into one by one. A worker may list hundreds of models and drain a thousand lanes
 # with each: of more than this, only those are looked into in which something waits.
 MOST_PROBES = 2_000
+# Of more lanes than these no single job is asked to be the first.
+MOST_FIRST = 512
 # For so long after a job that demands something, each dispatch looks for such jobs.
 DEMANDED_S = 60.0
 
@@ -180,6 +189,7 @@ class Dispatcher:
         self._commission_ppm = commission_ppm
         self._clock = clock
         self._awake = asyncio.Event()
+        self._fresh: list[Sequence[Candidate]] = []
         self._task: asyncio.Task | None = None
         self._looked_at = -math.inf
         self.paused = False
@@ -187,6 +197,11 @@ class Dispatcher:
     def wake(self) -> None:
         """There may be something to do."""
         self._awake.set()
+
+    def offer(self, candidates: Sequence[Candidate]) -> None:
+        """A job has just been queued: as it stands in each of its lanes."""
+        self._fresh.append(candidates)
+        self.wake()
 
     @property
     def alive(self) -> bool:
@@ -208,7 +223,10 @@ class Dispatcher:
             if time.monotonic() - looked_at >= POLL_S:
                 looked_at = time.monotonic()
                 self._fleet.look_for_room()
+            fresh, self._fresh = self._fresh, []
             try:
+                if len(fresh) == 1 and not self.paused:
+                    await self._give(fresh[0])
                 while not self.paused and await self.dispatch_once():
                     pass
             except DatabaseUnavailable as error:
@@ -236,7 +254,7 @@ class Dispatcher:
         pairs = match(candidates, self._fleet, self._commission_ppm(), idle)
         if not pairs:
             return False
-        results = await self._claim(pairs)
+        results = await self._claim(pairs, self._claim_alone)
         for (_, worker), result in zip(pairs, results, strict=True):
             if isinstance(result, Claimed):
                 self._assign(result, worker)
@@ -245,6 +263,22 @@ class Dispatcher:
                 raise result
         # Whoever lost all races looks again at once: the queue is not empty, only contested.
         return any(results) or len(candidates) >= most
+
+    async def _give(self, candidates: Sequence[Candidate]) -> None:
+        """Give a fresh job to the worker that `match` would choose for it, if that drains nothing
+        better. What cannot be told by the names of its lanes is left to a look at the queue."""
+        idle = self._fleet.idle(MOST_ALIKE)
+        if (
+            time.monotonic() - self._fleet.demanded_at <= DEMANDED_S
+            or any(worker.floors or worker.offers is not None for worker in idle)
+            or not (pairs := match(candidates, self._fleet, self._commission_ppm(), idle))
+        ):
+            return
+        ((_, worker),) = pairs
+        if len(worker.lanes) <= MOST_FIRST:
+            (result,) = await self._claim(pairs, partial(self._claim_first, worker))
+            if isinstance(result, Claimed):
+                self._assign(result, worker)
 
     def _demanding(self) -> bool:
         """Whether to look for jobs that demand something: while this router has seen one not long
@@ -281,7 +315,7 @@ class Dispatcher:
             if not fitting:
                 return None
             for candidate in fitting:
-                (result,) = await self._claim([(candidate, worker)])
+                (result,) = await self._claim([(candidate, worker)], self._claim_with_others)
                 if isinstance(result, BaseException):
                     raise result
                 if result is not None:
@@ -289,10 +323,8 @@ class Dispatcher:
             # Others were faster at every one of these; there may be more.
         return None
 
-    async def _claim(
-        self, pairs: Sequence[tuple[Candidate, Worker]]
-    ) -> Sequence[Claimed | BaseException | None]:
-        """Claim each job for its worker; None where somebody else was faster."""
+    async def _claim(self, pairs: Sequence[tuple[Candidate, Worker]], claim: ClaimAll) -> Claims:
+        """Claim each job for its worker by `claim`; None where somebody else was faster."""
         ends_at = self._clock() + self._lease
         claims = []
         for candidate, worker in pairs:
@@ -307,9 +339,9 @@ class Dispatcher:
                     worker.model_for(candidate.lane),
                 )
             )
-        results: Sequence[Claimed | BaseException | None] = [None] * len(pairs)
+        results: Claims = [None] * len(pairs)
         try:
-            results = await self._writer.write_all("claim", claims)
+            results = await claim(claims)
         finally:
             for (candidate, worker), result in zip(pairs, results, strict=True):
                 if isinstance(result, Claimed):
@@ -317,3 +349,24 @@ class Dispatcher:
                 else:
                     worker.busy.discard(candidate.job_id)
         return results
+
+    async def _claim_with_others(self, claims: list[Claim]) -> Claims:
+        return await self._writer.write_all("claim", claims)
+
+    async def _claim_first(self, worker: Worker, claims: list[Claim]) -> Claims:
+        (claim,) = claims
+        async with self._database.connection() as connection:
+            return [await claim_first(connection, claim, sorted(worker.lanes))]
+
+    async def _claim_alone(self, claims: list[Claim]) -> Claims:
+        """All matches of one look are one statement, which needs no transaction around it: that saves
+        two of the round trips that a paid job waits for."""
+        try:
+            async with self._database.connection() as connection:
+                return await claim_many(connection, claims)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            # Nothing was claimed. One that cannot be must not keep the others from their workers.
+            log.warning("%d claims failed together: %r", len(claims), error)
+            return await self._claim_with_others(claims)

@@ -30,12 +30,12 @@ from router.job_records import (
 from router.job_states import Event, State
 
 # Jobs are locked by their ids, whatever their state: for the same reason as in `job_queue`'s look.
-_CLAIM = """
+_CLAIM_IF = """
 with given as (
     select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
         $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
 free as (
-    select id, state from jobs where id = any($1::text[]) for update skip locked),
+    select id, state from jobs j where id = any($1::text[]){only_if} for update skip locked),
 claimed as (
     update jobs j set state = $7, attempt = j.attempt + 1, worker_id = g.worker_id,
         router_id = g.router_id, commission_ppm = g.commission_ppm,
@@ -53,6 +53,19 @@ select id as job_id, attempt, worker_id, quote_id, account_id, kind, model, spec
     prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at,
     choices, run_limit_s
 from claimed"""
+
+
+# Nothing that waits in these lanes goes before the job.
+_IS_FIRST = """
+        and not exists (
+            select 1 from unnest($9::text[]) l(lane) cross join lateral (
+                select multiplier_milli, seq from queue where queue.lane = l.lane
+                order by multiplier_milli desc, seq limit 1) q
+            where q.multiplier_milli > j.multiplier_milli
+                or q.multiplier_milli = j.multiplier_milli and q.seq < j.seq)"""
+
+_CLAIM = _CLAIM_IF.format(only_if="")
+_CLAIM_FIRST = _CLAIM_IF.format(only_if=_IS_FIRST)
 
 
 _END = """
@@ -141,9 +154,17 @@ async def claim_many(connection: Any, rows: list[Claim]) -> list[Claimed | None]
     return await _in_rounds(rows, partial(_claim_round, connection))
 
 
-async def _claim_round(connection: Any, rows: list[Claim]) -> list[Claimed | None]:
+async def claim_first(connection: Any, row: Claim, lanes: Sequence[str]) -> Claimed | None:
+    """Start a job as `claim_many` does, if it is the first of all that wait in these lanes."""
+    (claimed,) = await _claim_round(connection, [row], lanes)
+    return claimed
+
+
+async def _claim_round(
+    connection: Any, rows: list[Claim], first_of: Sequence[str] | None = None
+) -> list[Claimed | None]:
     claimed = await connection.fetch(
-        _CLAIM,
+        _CLAIM if first_of is None else _CLAIM_FIRST,
         [row.job_id for row in rows],
         [row.worker_id for row in rows],
         [row.router_id for row in rows],
@@ -152,6 +173,7 @@ async def _claim_round(connection: Any, rows: list[Claim]) -> list[Claimed | Non
         job_states.before(Event.CLAIM),
         job_states.MOVES[Event.CLAIM][1].value,
         [row.model for row in rows],
+        *(() if first_of is None else (list(first_of),)),
     )
     by_id = {r["job_id"]: _claimed(r) for r in claimed}
     return [by_id.get(row.job_id) for row in rows]
@@ -232,6 +254,7 @@ async def _end_round(
     done = [(row, moved.get(row.job_id)) for row in rows]
     happened = [(row, now) for row, now in done if now is not None]
     if happened:
+        await _end_late_attempts(connection, happened)
         await _clear(connection, happened)
         await ledger.post(connection, [t for row, now in happened for t in _settle(row, now)])
         await _raise_limits(connection, happened)
@@ -254,6 +277,23 @@ async def expire_unpaid(
     if endings:
         await end_many(connection, endings, wipe_after_s=wipe_after_s)
     return [ending.job_id for ending in endings]
+
+
+async def _end_late_attempts(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
+    """End attempts whose claim was committed while an ending that knew of none waited for the job's
+    row: for the statement that ended the job, the row of the attempt was not there yet."""
+    late = [
+        (row, now["attempt"]) for row, now in happened if row.attempt is None and now["attempt"]
+    ]
+    if late:
+        await connection.execute(
+            _END_ATTEMPTS,
+            [row.job_id for row, _ in late],
+            [attempt for _, attempt in late],
+            [row.outcome or row.end_reason for row, _ in late],
+            [row.blame for row, _ in late],
+            [row.error for row, _ in late],
+        )
 
 
 def _ended(row: Ending, now: Any) -> Ended:

@@ -90,7 +90,7 @@ def join(
     writer = BatchingWriter(
         database,
         {"submit": job_submits.submit_many},
-        # A cancel that meets a claim of the same job comes before it or after it.
+        # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
         {"end": end_many, "give_back": job_store.give_back_many},
     )
@@ -324,8 +324,16 @@ async def _start_at_once(
     core: Core, paid: PaidQuotes, receipt: Receipt
 ) -> Callable[[], None] | None:
     """What `_on_credit` does for a quote paid in time and in full, with the credit."""
-    jobs_queued = await paid.start(receipt)
-    return None if jobs_queued is None else partial(core.jobs.queued, jobs_queued)
+    started = await paid.start(receipt)
+    if started is None:
+        return None
+
+    def tell() -> None:
+        for candidates in started:
+            core.dispatcher.offer(candidates)
+        core.jobs.queued([candidates[0].job_id for candidates in started])
+
+    return tell
 
 
 def _on_queued(core: Core, jobs: Sequence[NewJob]) -> None:

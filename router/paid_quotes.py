@@ -20,6 +20,7 @@ from billing.invoices import IssuedInvoice
 from billing.ledger import Transfer
 from router import job_states
 from router.database import Database
+from router.job_queue import Candidate
 from router.job_records import NewQuote
 from router.job_states import Event
 from router.models import Models
@@ -36,7 +37,8 @@ where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.sta
 
 # Everything hangs on the two rows that are locked first: without either nothing happens. Then the
 # guards are those of the steps. The payer's balance changes once, by what the jobs leave of the money;
-# rows come in name order, as they are locked elsewhere. A transfer that was posted before, or a balance
+# rows come in name order, as they are locked elsewhere. Jobs are locked by their ids, whatever their state,
+# as in `router.job_store`. A transfer that was posted before, or a balance
 # below zero, ends it all by a constraint.
 _START = """
 with invoice as (
@@ -52,13 +54,16 @@ settled as (
     from quote where payment_hash = $1),
 opened as (
     update quotes q set state = 'paid', request = null from quote where q.id = quote.id),
+waiting as (
+    select j.id, j.state from jobs j, quote
+    where j.id = any($6::text[]) and j.quote_id = quote.id and j.account_id = $16
+    for update of j),
 started as (
     update jobs j set state = $4, seq = nextval('queue_seq'), queued_at = now(),
         wait_ends_at = now() + make_interval(secs => j.max_wait_s)
-    from quote, unnest($6::text[], $7::text[], $8::text[]) t(job_id, escrow, hold_id)
-    where j.id = t.job_id and j.quote_id = quote.id and j.account_id = $16
-        and j.state = any($5::text[])
-    returning j.id, j.held_msat, j.multiplier_milli, j.seq, t.escrow, t.hold_id),
+    from waiting w, unnest($6::text[], $7::text[], $8::text[]) t(job_id, escrow, hold_id)
+    where j.id = w.id and t.job_id = w.id and w.state = any($5::text[])
+    returning j.id, j.held_msat, j.multiplier_milli, j.seq, j.prefix, t.escrow, t.hold_id),
 queued as (
     insert into queue (job_id, lane, multiplier_milli, seq)
     select s.id, l.lane, s.multiplier_milli, s.seq
@@ -83,7 +88,8 @@ followed as (
     insert into node_cursors (backend, cursor)
     select $14::text, $15::text from quote where $15::text is not null
     on conflict (backend) do update set cursor = excluded.cursor)
-select array(select id from started order by seq) as job_ids from quote"""
+select s.id, s.multiplier_milli, s.seq, s.prefix from quote left join started s on true
+order by s.seq"""
 
 
 class PaidQuotes:
@@ -102,8 +108,9 @@ class PaidQuotes:
         if len(self._sold) > REMEMBERED:
             self._sold.popitem(last=False)
 
-    async def start(self, receipt: Receipt) -> list[str] | None:
-        """Credit a receipt and start the jobs that it pays for; their ids, once it is committed.
+    async def start(self, receipt: Receipt) -> list[list[Candidate]] | None:
+        """Credit a receipt and start the jobs that it pays for. Returns, once it is committed, how each
+        waits in its lanes.
 
         None: it is not the usual case, and nothing was changed. Raises DatabaseUnavailable, and what
         PostgreSQL refuses; then nothing was changed either, unless the connection broke.
@@ -113,8 +120,18 @@ class PaidQuotes:
             account_id, jobs = sold or await _look(connection, receipt.payment_hash)
             if not jobs:
                 return None
-            places = {_id(job): self._models.lanes_of(job) for job in jobs}
-            return await _start(connection, receipt, account_id, places)
+            lanes = {_id(job): self._models.lanes_of(job) for job in jobs}
+            started = await _start(connection, receipt, account_id, lanes)
+        if not started:
+            return None
+        return [
+            [
+                Candidate(id_, lane, multiplier_milli, seq, frozenset(), prefix)
+                for lane in lanes[id_]
+            ]
+            for id_, multiplier_milli, seq, prefix in started
+            if id_ is not None
+        ]
 
 
 def _id(job: Any) -> str:
@@ -129,13 +146,13 @@ async def _look(connection: Any, payment_hash: str) -> tuple[str, Sequence[Any]]
 
 async def _start(
     connection: Any, receipt: Receipt, account_id: str, lanes: dict[str, list[str]]
-) -> list[str] | None:
+) -> list[Any]:
     client = ledger.client(account_id)
     received = Transfer(
         ledger.LIGHTNING, client, receipt.received_msat, "received", receipt.payment_hash
     )
     places = [(job_id, lane) for job_id in lanes for lane in lanes[job_id]]
-    return await connection.fetchval(
+    return await connection.fetch(
         _START,
         receipt.payment_hash,
         receipt.received_msat,

@@ -7,11 +7,13 @@ import random
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from billing.invoices import utc_now
+from router import dispatcher
 from router.job_records import Claim, Ending, GiveBack
 from router.job_states import Event
 from router.job_store import claim_many, end_many
@@ -559,6 +561,62 @@ async def test_of_two_endings_in_one_batch_the_one_that_may_happen_is_settled(ro
     async with router.core.database.connection() as connection:
         assert await crash_checks.books(connection) == []
         assert await crash_checks.escrows(connection) == []
+
+
+async def test_claims_that_fail_together_are_made_one_by_one(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever is wrong with one job must not keep the others from their workers."""
+    together = 0
+
+    async def fail(connection: Any, claims: list[Claim]) -> list[Any]:
+        nonlocal together
+        together += 1
+        raise asyncpg.DataError("one of them")
+
+    monkeypatch.setattr(dispatcher, "claim_many", fail)
+    async with router.worker(slots=2) as worker:
+        key = await router.bearer()
+        asked = [ask(router, key), ask(router, key, user="another")]
+        for _ in asked:
+            await worker.serve()
+        assert {reply.status_code for reply in await asyncio.gather(*asked)} == {200}
+    assert together > 0
+    assert (await router.books()).in_order
+
+
+async def test_a_cancel_that_waits_for_a_claim_ends_its_attempt_too(router: Rig):
+    """Its statement began before the attempt was there."""
+    core = router.core
+    async with router.worker() as worker:
+        core.dispatcher.paused = True
+        key = await router.bearer()
+        made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
+        job_id = made.json()["jobs"][0]["id"]
+        claim = Claim(job_id, worker.id, core.router_id, 0, utc_now() + timedelta(minutes=1))
+        async with core.database.transaction() as connection:
+            assert await claim_many(connection, [claim]) != [None]
+            cancelling = asyncio.create_task(
+                core.attempts.end(
+                    Ending(job_id, Event.CANCEL, "cancelled", router_id=core.router_id)
+                )
+            )
+
+            async def waits() -> bool:
+                return bool(
+                    await router.query(
+                        "select 1 from pg_stat_activity where wait_event_type = 'Lock'"
+                        " and query like '%ended as (%'"
+                    )
+                )
+
+            await until(waits)
+        await cancelling
+    (attempt,) = await router.query("select * from attempts where job_id = $1", job_id)
+    assert attempt["ended_at"] is not None and attempt["outcome"] == "cancelled"
+    async with core.database.connection() as connection:
+        assert await crash_checks.books(connection) == []
+    assert (await router.books()).in_order
 
 
 async def test_two_claims_of_one_job_in_one_batch_start_it_once(router: Rig):

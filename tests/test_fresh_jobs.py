@@ -1,0 +1,108 @@
+"""A job that was paid for just now is claimed without a look at the queue, and overtakes nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from billing.invoices import utc_now
+from router.job_records import Claim
+from router.job_store import claim_first
+from tests.door_tools import JOB
+from tests.router_rig import PATIENCE_S, Rig, ScriptedWorker
+
+
+async def buy(router: Rig) -> str:
+    """Buy a job by its invoice; its id, once it is queued."""
+    due = (await router.http.post("/jobs", json=JOB)).json()
+    await router.pay(due["invoice"])
+    return await queued(router, due["quote"]["quote_id"])
+
+
+async def queued(router: Rig, quote_id: str) -> str:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            (job,) = await router.query("select id, state from jobs where quote_id = $1", quote_id)
+            if job["state"] != "awaiting_payment":
+                return job["id"]
+            await asyncio.sleep(0.02)
+
+
+async def submit(router: Rig, key: dict[str, str], **changes: Any) -> str:
+    made = await router.http.post("/jobs", json=JOB | changes, headers=key)
+    assert made.status_code == 202, made.text
+    return made.json()["jobs"][0]["id"]
+
+
+async def claim(router: Rig, worker: ScriptedWorker, job_id: str) -> bool:
+    """Whether the job is the first of what the worker drains, and is claimed for it."""
+    core = router.core
+    here = core.gate.sessions[worker.id].worker
+    row = Claim(job_id, worker.id, core.router_id, 0, utc_now() + timedelta(minutes=1))
+    async with core.database.connection() as connection:
+        claimed = await claim_first(connection, row, sorted(here.lanes))
+    return claimed is not None
+
+
+@pytest.fixture
+def no_looks(router: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look() -> bool:
+        return False
+
+    monkeypatch.setattr(router.core.dispatcher, "dispatch_once", look)
+
+
+@pytest.mark.usefixtures("no_looks")
+async def test_an_idle_worker_gets_it_without_a_look(router: Rig):
+    async with router.worker() as worker:
+        bought = await buy(router)
+        job = await worker.serve("Hi.")
+        assert job["job_id"] == bought
+    assert (await router.books()).in_order
+
+
+@pytest.mark.usefixtures("no_looks")
+@pytest.mark.parametrize("waits", [{"fee_multiplier": "2.0"}, {}], ids=["dearer", "earlier"])
+async def test_it_goes_after_what_waits_for_that_worker(router: Rig, waits: dict[str, Any]):
+    key = await router.bearer()
+    async with router.worker() as worker:
+        first = await submit(router, key, prompt="Something else.", **waits)
+        bought = await buy(router)
+        await worker.nothing()
+        assert not await claim(router, worker, bought)
+        (row,) = await router.query("select state, attempt from jobs where id = $1", bought)
+        assert (row["state"], row["attempt"]) == ("queued", 0)
+        assert not await router.query("select 1 from attempts where job_id = $1", bought)
+        assert await claim(router, worker, first)
+        assert await claim(router, worker, bought)
+        # Twice is once.
+        assert not await claim(router, worker, bought)
+
+
+@pytest.mark.usefixtures("no_looks")
+async def test_it_goes_before_what_is_cheaper(router: Rig):
+    key = await router.bearer()
+    async with router.worker(slots=2) as worker:
+        await submit(router, key)
+        due = (await router.http.post("/jobs", json=JOB | {"fee_multiplier": "1.5"})).json()
+        await router.pay(due["invoice"])
+        job = await worker.job()
+        assert job["job_id"] == await queued(router, due["quote"]["quote_id"])
+        await worker.nothing()
+
+
+async def test_with_a_look_all_are_served_in_order(router: Rig):
+    key = await router.bearer()
+    router.core.dispatcher.paused = True
+    async with router.worker() as worker:
+        dear = await submit(router, key, fee_multiplier="3.0")
+        early = await submit(router, key)
+        bought = await buy(router)
+        router.core.dispatcher.paused = False
+        router.core.dispatcher.wake()
+        served = [(await worker.serve("Hi."))["job_id"] for _ in range(3)]
+    assert served == [dear, early, bought]
+    assert (await router.books()).in_order
