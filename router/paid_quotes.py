@@ -36,10 +36,10 @@ from invoices i join jobs j on j.quote_id = i.reference
 where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.state = any($2::text[])"""
 
 # Everything hangs on the two rows that are locked first: without either nothing happens. Then the
-# guards are those of the steps. The payer's balance changes once, by what the jobs leave of the money;
-# rows come in name order, as they are locked elsewhere. Jobs are locked by their ids, whatever their state,
-# as in `router.job_store`. A transfer that was posted before, or a balance
-# below zero, ends it all by a constraint.
+# guards are those of the steps; jobs are locked by their ids, whatever their state, as in
+# `router.job_store`. The payer's balance changes once, by what the jobs leave of the money; rows come
+# in name order, as they are locked elsewhere. A transfer that was posted before, or a balance below
+# zero, ends it all by a constraint.
 _START = """
 with invoice as (
     select reference from invoices
