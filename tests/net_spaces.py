@@ -4,11 +4,13 @@ side, packets just go no further, as when a switch dies. Needs root."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +62,7 @@ def net_space() -> Iterator[NetSpace]:
     """Skips where none can be made."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and `ip` (apt-get install iproute2)")
+    _remove_left_over()
     try:
         space = NetSpace()
     except subprocess.CalledProcessError as error:
@@ -68,6 +71,15 @@ def net_space() -> Iterator[NetSpace]:
         yield space
     finally:
         space.remove()
+
+
+def _remove_left_over() -> None:
+    """Namespaces of runs that were killed; their lines go with them."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    for line in listed.stdout.splitlines():
+        owner = re.fullmatch(r"satherd-(\d+)-\d+", line.split(" ")[0])
+        if owner is not None and not Path(f"/proc/{owner[1]}").exists():
+            subprocess.run(["ip", "netns", "del", owner[0]], check=False)
 
 
 def _ip(*arguments: str) -> None:
