@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from billing.errors import InsufficientFunds
 
@@ -67,8 +67,7 @@ def transfer_id(reference: str, code: str) -> str:
     return hashlib.sha256(f"{code}\0{reference}".encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One movement. `reference` is the job, invoice or payout; `code` says what it is for."""
 
     debit: str

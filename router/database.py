@@ -213,10 +213,20 @@ class BatchingWriter:
 
     Kinds of one group share their turns, one after the other. Groups take theirs at the same time: a
     turn is mostly waiting for PostgreSQL. Two that want the same rows are best in one group.
+
+    `single`: kinds of one statement, which is a transaction without words around it. Where a handler
+    needs a second one after all, the first must do no harm by itself.
     """
 
-    def __init__(self, database: Database, *groups: dict[str, Handler], most: int = 512) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *groups: dict[str, Handler],
+        single: Sequence[str] = (),
+        most: int = 512,
+    ) -> None:
         self._database = database
+        self._single = frozenset(single)
         self._most = most
         self._groups = [_Group(group) for group in groups]
         self._group_of = {kind: group for group in self._groups for kind in group.handlers}
@@ -295,7 +305,9 @@ class BatchingWriter:
         self, group: _Group, batch: dict[str, list[Any]]
     ) -> dict[str, Sequence[Any]]:
         results = {}
-        async with self._database.transaction() as connection:
+        alone = len(batch) == 1 and self._single.issuperset(batch)
+        opened = self._database.connection() if alone else self._database.transaction()
+        async with opened as connection:
             for kind, rows in batch.items():
                 results[kind] = await group.handlers[kind](connection, rows)
         return results

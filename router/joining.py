@@ -93,6 +93,8 @@ def join(
         # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
         {"end": end_many, "give_back": job_store.give_back_many},
+        # One of two claims of the same job may be done alone: it is the one that counts.
+        single=["claim"],
     )
     attempts = Attempts(
         database,

@@ -234,7 +234,8 @@ class Models:
 
     def _served_now(self, kind: ModelKind, model: str) -> list[ServedModel]:
         """What is offered of a model, each once however many workers offer the same."""
-        offers = (worker.serves(kind, model) for worker in self.fleet.serving(kind, model))
+        here = (worker for worker in self.fleet.everywhere() if not worker.draining)
+        offers = (worker.serves(kind, model) for worker in here)
         alike = {(o.context_length, o.max_tokens): o for o in offers if o is not None}
         return list(alike.values())
 

@@ -100,10 +100,10 @@ class Worker:
         return self.standing.reliability
 
     def serves(self, kind: ModelKind, model: str) -> ServedModel | None:
-        named = next((m for m in self.models if m.id == model and m.kind == kind), None)
-        if named is None and self.offers is not None:
-            return self.offers(kind, model)
-        return named
+        for served in self.models:
+            if served.id == model and served.kind == kind:
+                return served
+        return self.offers(kind, model) if self.offers is not None else None
 
     def drains(self, lane: str) -> bool:
         """Whether every job in this lane fits, also one that only its name tells of."""

@@ -37,11 +37,11 @@ async def note(connection: Any, rows: list[tuple[int, str]]) -> list[Any]:
 
 @asynccontextmanager
 async def writing(
-    database: Database, *groups: dict[str, Any], **handlers: Any
+    database: Database, *groups: dict[str, Any], single: Sequence[str] = (), **handlers: Any
 ) -> AsyncIterator[BatchingWriter]:
     async with database.connection() as connection:
         await connection.execute("create table noted (id int primary key, what text not null)")
-    writer = BatchingWriter(database, *(groups or [handlers or {"note": note}]))
+    writer = BatchingWriter(database, *(groups or [handlers or {"note": note}]), single=single)
     writer.start()
     try:
         yield writer
@@ -134,6 +134,24 @@ async def test_a_group_does_not_wait_for_the_turn_of_another(database: Database)
         both = asyncio.gather(writer.write("note", (1, "x")), writer.write("other", (2, "x")))
         assert await asyncio.wait_for(both, PATIENCE_S) == [1, 2]
     assert await noted(database) == [1, 2]
+
+
+async def test_a_kind_of_one_statement_has_a_transaction_only_in_company(database: Database):
+    in_transaction: list[bool] = []
+
+    async def watched(connection: Any, rows: list[Any]) -> Sequence[Any]:
+        in_transaction.append(connection.is_in_transaction())
+        return await note(connection, rows)
+
+    async with writing(database, {"note": watched, "other": note}, single=["note"]) as writer:
+        await writer.write("note", (1, "x"))
+        await asyncio.gather(writer.write("note", (2, "x")), writer.write("other", (3, "x")))
+        await writer.write_all("note", [(4, "x"), (5, "x")])
+        # A failure is for its row alone here, too.
+        again, well = await writer.write_all("note", [(5, "x"), (6, "x")])
+    assert in_transaction[:3] == [False, True, False]
+    assert type(again).__name__ == "UniqueViolationError" and well == 6
+    assert await noted(database) == [1, 2, 3, 4, 5, 6]
 
 
 async def test_stop_waits_for_the_turns_of_all_groups(database: Database):
