@@ -147,7 +147,10 @@ class Presence:
     async def _say_for_ever(self) -> None:
         while True:
             self._changed.clear()
-            self.say()
+            try:
+                self.say()
+            except Exception:
+                log.exception("other routers were not told of our workers, going on")
             try:
                 async with asyncio.timeout(SAY_S):
                     await self._changed.wait()

@@ -34,6 +34,8 @@ _NEARLY = 1.2
 _WEB_WORKER_RAM = 8e9
 # No model is larger (`model_size`); a web worker with enough memory for any says so.
 _ANY_SIZE = 1e6
+# Nor is any so small; and the digits of numbers near zero cannot be told.
+_NO_SIZE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Hardware:
         else:
             most_mb = max(self.nv_mb, self.cl_mb) * _NEARLY
             size = min(size, most_mb / 1000, self.disk_mb / 1500)
-        if size <= 0:
+        if size < _NO_SIZE:
             return 0.0
         step = 10.0 ** (math.floor(math.log10(size)) - 1)
         return min(math.floor(size / step) * step, _ANY_SIZE)

@@ -80,6 +80,18 @@ async def test_a_picture_that_nobody_listed_is_asked_of_a_painter_elsewhere(pair
         await until(quoted)
 
 
+async def test_a_worker_of_absurd_hardware_does_not_take_its_router_from_the_market(pair):
+    a, b = pair
+
+    async def counted() -> bool:
+        return sum(group.stands_for for group in a.core.fleet.elsewhere()) == 2
+
+    async with workerbee(b, registration_031(vram=4e-322)):
+        await registered(b)
+        async with b.worker():
+            await until(counted)
+
+
 async def test_the_list_of_workers_is_the_markets(pair):
     """QB-R18. A worker of another router as its record says; nobody who has gone."""
     a, b = pair

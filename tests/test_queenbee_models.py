@@ -129,3 +129,15 @@ def test_other_routers_are_told_what_a_worker_would_serve(hardware: Hardware):
 def test_machines_that_differ_in_a_byte_are_one_sum():
     machines = [Hardware(nv_mb=24_576, ram_bytes=32e9 + n, disk_mb=500_000.0 - n) for n in range(5)]
     assert len({machine.largest() for machine in machines}) == 1
+
+
+@pytest.mark.parametrize("least", [4e-316, 1e-310, 1e-9, 0.0])
+@pytest.mark.parametrize("most", [1e6, 1.7e308])
+def test_a_machine_of_absurd_numbers_is_summed_up_as_well(least: float, most: float):
+    """They come from anybody; and what cannot be summed up would take its router from the market."""
+    for web in (False, True):
+        for ram_bytes, other in ((least, most), (most, least), (least, least), (most, most)):
+            machine = Hardware(nv_mb=other, ram_bytes=ram_bytes, disk_mb=other, web=web)
+            largest = machine.largest()
+            assert 0 <= largest <= 1e6
+            assert largest == 0 or machine.holds(0.99 * largest)
