@@ -36,6 +36,7 @@ class PatientHttp(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._full: asyncio.TimerHandle | None = None
+        self._unfinished: list[RequestResponseCycle] = []
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -48,6 +49,11 @@ class PatientHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._readable()
         super().connection_lost(exc)
+        # uvicorn tells only the request that came last, and those before it would go on for nobody.
+        for cycle in self._unfinished:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _readable(self) -> None:
         if self._full is not None:
@@ -67,8 +73,11 @@ class PatientHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
+        before = self.cycle
         super().on_headers_complete()
-        if self.cycle is not None:
+        if self.cycle is not before:
+            self._unfinished = [one for one in self._unfinished if not one.response_complete]
+            self._unfinished.append(self.cycle)
             scope = cast(dict[str, Any], self.cycle.scope)
             scope.setdefault("extensions", {})[BODY] = DirectConnection(self.cycle)
 
@@ -94,6 +103,7 @@ class DirectConnection:
             or cycle.disconnected
             or cycle.response_complete
             or not cycle.chunked_encoding
+            or cycle.transport.is_closing()
         )
 
     def write(self, body: bytes) -> None:

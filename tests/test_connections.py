@@ -1,0 +1,85 @@
+"""Connections that are used in unusual ways: by clients that ask ahead, and then go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.door_tools import CHAT, until_state
+from tests.router_rig import PATIENCE_S, Rig
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def connected(router: Rig) -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(router.url.rpartition(":")[2]))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def asks(payer: dict[str, str], **changes: Any) -> bytes:
+    """A request for a streamed answer."""
+    said = json.dumps(CHAT | {"stream": True} | changes).encode()
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(said)}"]
+    head += [f"{name}: {value}" for name, value in payer.items()]
+    return "\r\n".join([*head, "", ""]).encode() + said
+
+
+async def until_read(reader: asyncio.StreamReader, what: bytes) -> bytes:
+    got = b""
+    async with asyncio.timeout(PATIENCE_S):
+        while what not in got:
+            more = await reader.read(65_536)
+            assert more, got
+            got += more
+    return got
+
+
+async def test_a_client_that_asks_ahead_and_goes_takes_its_job_along(
+    router: Rig, caplog: pytest.LogCaptureFixture
+):
+    """uvicorn tells only the last of several requests on a connection that it is gone."""
+    payer = await router.bearer()
+    async with router.worker() as worker:
+        async with connected(router) as (reader, writer):
+            writer.write(asks(payer) + b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n")
+            job = await worker.job()
+            await worker.say(job, "one", seq=0)
+            await until_read(reader, b"one")
+            writer.transport.abort()
+        with caplog.at_level(logging.WARNING):
+            for seq in range(1, 8):
+                await worker.say(job, "more", seq=seq)
+            stop = await worker.receive()
+            assert (stop["type"], stop["job_id"]) == ("cancel", job["job_id"])
+            await worker.finish(job, "cancelled", tokens=1)
+            row = await until_state(router, job["job_id"], "cancelled")
+        assert row["end_reason"] == "client_gone"
+        # Nothing is written to a connection that is gone.
+        assert not caplog.records
+    assert (await router.books()).in_order
+
+
+async def test_requests_that_are_sent_ahead_are_answered_in_order(router: Rig):
+    payer = await router.bearer()
+    async with router.worker() as worker, connected(router) as (reader, writer):
+        writer.write(asks(payer) + asks(payer) + b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n")
+        for word in ("first", "second"):
+            job = await worker.job()
+            for seq in range(5):
+                await worker.say(job, f"{word}{seq} ", seq=seq)
+                await asyncio.sleep(0)
+            await worker.finish(job, tokens=5)
+        got = (await until_read(reader, b"max_multiplier")).decode()
+    places = [got.index(f"{word}{seq} ") for word in ("first", "second") for seq in range(5)]
+    assert places == sorted(places)
+    assert got.count("data: [DONE]") == 2 and got.index("max_multiplier") > places[-1]
