@@ -206,10 +206,16 @@ class Reader:
         if stream.outcome is not None or not wire.ready():
             return False
         if self._index < len(stream.pieces):
+            index = self._index
             pieces = self._unread(stream)
             if pieces:
+                try:
+                    wire.write(pieces)
+                except Exception:
+                    # Nothing is left out: the reader itself says it, or meets what is wrong.
+                    self._index = index
+                    raise
                 self._characters = pieces[-1].end
-                wire.write(pieces)
         return True
 
     def _news(self, stream: JobStream) -> list[Event]:

@@ -92,6 +92,25 @@ async def test_a_connection_that_is_ready_only_at_times_keeps_the_order(
     assert straight > 0
 
 
+async def test_what_could_not_be_written_straight_is_not_left_out(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    asked = 0
+    write = DirectConnection.write
+
+    def fails_at_times(self: DirectConnection, body: bytes) -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 4 == 2:
+            raise OSError("not now")
+        write(self, body)
+
+    monkeypatch.setattr(DirectConnection, "write", fails_at_times)
+    text, straight, _ = await _answer(router, monkeypatch)
+    assert asked >= 2 and straight > 0
+    assert text == "".join(WORDS)
+
+
 async def test_a_server_that_offers_no_connection_serves_streams_as_well(
     router: Rig, monkeypatch: pytest.MonkeyPatch
 ):
