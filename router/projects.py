@@ -293,7 +293,8 @@ class Projects:
                 raise error
 
     async def _bring_one_back(self, row: Any) -> None:
-        async with self._back_at_once, self._alone(row["owner"], row["name"]):
+        # In this order: who waits for another project of its owner takes no turn from others.
+        async with self._alone(row["owner"], row["name"]), self._back_at_once:
             # It may have been changed, or taken out, while it waited for its turn.
             row = await self._row(row["name"])
             if row is None or self._is_all_there(project := _project(row)):

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from router.api.decentralgpt import comes_directly
+from router.projects import BACK_AT_ONCE
 from tests.door_tools import CHAT, balance_msat, post_job, set_rates, until_state, workers_left
 from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
 from tests.test_http_workers import Model, model_server, said
@@ -387,6 +388,40 @@ async def test_a_slow_server_of_an_address_holds_up_its_own_project_only(
             assert (await asyncio.wait_for(waits, PATIENCE_S)).json() == OK
         (row,) = await router.query("select name, ln_url from projects")
         assert tuple(row) == ("slow", None)
+
+
+async def test_projects_that_wait_for_one_of_their_owner_let_others_come_back(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Few are let in again at once; one owner with a slow address and many projects is one of them."""
+    asked, answered = asyncio.Event(), asyncio.Event()
+    resolve = router.core.addresses.resolve
+
+    async def slowly(payee: Any, **more: Any) -> Any:
+        if payee.text.startswith("slow@"):
+            asked.set()
+            await answered.wait()
+        return await resolve(payee, **more)
+
+    async with model_server() as model:
+        for n in range(BACK_AT_ONCE + 2):
+            address = f"slow@{router.lnurl_host}"
+            await registered(router, project(model, project=f"a{n}", ln_url=address), KEY)
+        address = f"quick@{router.lnurl_host}"
+        await registered(router, project(model, project="b", ln_url=address), OTHER_KEY)
+        for session in list(router.core.gate.sessions.values()):
+            session.cut("as the test wants it")
+        assert not router.core.projects.serving("b", MODEL)
+        monkeypatch.setattr(router.core.addresses, "resolve", slowly)
+        back = asyncio.create_task(router.core.projects._bring_back())
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            while not router.core.projects.serving("b", MODEL):
+                await asyncio.sleep(0.02)
+        assert not router.core.projects.serving("a0", MODEL)
+        answered.set()
+        await asyncio.wait_for(back, PATIENCE_S)
+        assert router.core.projects.serving("a0", MODEL)
 
 
 async def test_of_two_first_projects_at_once_one_is_its_owners_worker(router: Rig):
