@@ -36,19 +36,19 @@ from invoices i join jobs j on j.quote_id = i.reference
 where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.state = any($2::text[])"""
 
 # Everything hangs on the two rows that are locked first: without either nothing happens. Then the
-# guards are those of the steps; jobs are locked by their ids, whatever their state, as in
-# `router.job_store`. The payer's balance changes once, by what the jobs leave of the money; rows come
-# in name order, as they are locked elsewhere. A transfer that was posted before, or a balance below
-# zero, ends it all by a constraint.
+# guards are those of the steps; quote and jobs are locked by their ids, whatever their state, as in
+# `router.job_store`: by their state, PostgreSQL may look through all that ever were in it. The payer's
+# balance changes once, by what the jobs leave of the money; rows come in name order, as they are locked
+# elsewhere. A transfer that was posted before, or a balance below zero, ends it all by a constraint.
 _START = """
 with invoice as (
     select reference from invoices
     where payment_hash = $1 and state = 'open' and purpose = 'quote'
         and amount_msat <= $2 and expires_at >= $3 and account_id = $16
     for update),
-quote as (
-    select q.id from quotes q join invoice i on q.id = i.reference where q.state = 'open'
-    for update of q),
+sold as (
+    select q.id, q.state from quotes q join invoice i on q.id = i.reference for update of q),
+quote as (select id from sold where state = 'open'),
 settled as (
     update invoices set state = 'paid', settled_at = $3, received_msat = $2, next_check_at = null
     from quote where payment_hash = $1),
