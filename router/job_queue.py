@@ -70,10 +70,13 @@ update queue set lane = case when lane = $2 then $3 else lane end
 where job_id = $1 and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2)
     and not exists (select 1 from queue q where q.job_id = $1 and q.lane = $3)"""
 
+# The job is written anew with its rows, so that a claim that does not see these passes it over.
 _MERGE = """
 with gone as (
     delete from queue where job_id = $1
-    and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2) returning *)
+    and exists (select 1 from queue q where q.job_id = $1 and q.lane = $2) returning *),
+changed as (
+    update jobs set seq = seq where id = $1 and exists (select 1 from gone))
 insert into queue (job_id, lane, multiplier_milli, seq)
 select distinct job_id, case when lane = $2 then $3 else lane end, multiplier_milli, seq from gone"""
 

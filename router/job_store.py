@@ -29,13 +29,18 @@ from router.job_records import (
 )
 from router.job_states import Event, State
 
-# Jobs are locked by their ids, whatever their state: for the same reason as in `job_queue`'s look.
+# Jobs are locked by their ids, whatever their state: for the same reason as in `job_queue`'s look. One
+# that has changed since this statement began is passed over, like one that is locked: it may have been
+# given back meanwhile, and the places that it then has in the queue could not be seen here, and would
+# stay there for ever.
 _CLAIM_IF = """
 with given as (
     select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
         $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
 free as (
-    select id, state from jobs j where id = any($1::text[]){only_if} for update skip locked),
+    select id, state from jobs j
+    where id = any($1::text[]) and xmin = (select xmin from jobs seen where seen.id = j.id){only_if}
+    for update skip locked),
 claimed as (
     update jobs j set state = $7, attempt = j.attempt + 1, worker_id = g.worker_id,
         router_id = g.router_id, commission_ppm = g.commission_ppm,

@@ -194,6 +194,52 @@ async def test_a_claim_goes_after_a_job_whose_move_it_did_not_see(database: Data
         assert await job_queue.length(connection) == 0
 
 
+@pytest.mark.parametrize("meanwhile", ["given back", "moved together"])
+async def test_a_claim_passes_over_a_job_whose_new_places_it_does_not_see(
+    database: Database, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+):
+    """They were committed between the claim's look and its lock: it would leave them behind."""
+    look = job_store._CLAIM
+    for before, after in [
+        ("free as (", "pause as materialized (select pg_advisory_xact_lock(7)), free as ("),
+        ("where id = any", "where exists (select from pause) and id = any"),
+    ]:
+        assert look.count(before) == 1
+        look = look.replace(before, after)
+    two = new_job(multiplier_milli=1000, more_lanes=("there",))
+    async with database.transaction() as connection:
+        await submit(connection, await payer(connection), two)
+        if meanwhile == "given back":
+            assert await claim(connection, two.id, "w1")
+
+    async def claim_late() -> Any:
+        async with database.connection() as connection:
+            return await claim(connection, two.id, "w2")
+
+    async with database.connection() as holding, holding.transaction():
+        await holding.execute("select pg_advisory_xact_lock(7)")
+        with monkeypatch.context() as patch:
+            patch.setattr(job_store, "_CLAIM", look)
+            claiming = asyncio.create_task(claim_late())
+            async with asyncio.timeout(10):
+                while not await holding.fetchval(
+                    "select exists (select from pg_locks where not granted)"
+                ):
+                    await asyncio.sleep(0.01)
+        async with database.transaction() as connection:
+            if meanwhile == "given back":
+                back = GiveBack(two.id, 1, LANE, "lost", "worker", more_lanes=("there",))
+                assert await job_store.give_back_many(connection, [back]) == [True]
+            else:
+                await job_queue.move_waiting(connection, [(two.id, LANE, "there")])
+    assert await claiming is None
+    async with database.connection() as connection:
+        assert await _order(connection, "there") == [two.id]
+        # And it can be claimed still.
+        assert await claim(connection, two.id, "w3")
+        assert await job_queue.length(connection) == 0
+
+
 async def test_adding_nothing_is_harmless(database: Database):
     async with database.transaction() as connection:
         await job_queue.add(connection, [])
