@@ -318,6 +318,8 @@ class Jobs:
             raise BadRequest(f"the multiplier may be at most {self._max_multiplier}")
         milli = fees.multiplier_milli(offer_msat, base)
         more_msat = offer_msat - held
+        # The account before its key, as submissions and endings do.
+        await ledger.lock_balances(connection, [ledger.client(row["account_id"])])
         # What its end gives back to the key's limit is all that was held, so all of it is counted.
         if row["key_id"] and not await accounts.spend(
             connection, row["key_id"], more_msat, over_limit=paid

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from billing import accounts, ledger
 from tests.door_tools import (
     CHAT,
     RATES,
@@ -169,3 +170,26 @@ async def test_paying_a_bump_opens_that_job_and_no_other_of_its_account(router: 
         assert code(refused) == (403, "forbidden")
         refused = await router.http.delete(other["status_url"], headers=credential)
         assert code(refused) == (403, "forbidden")
+
+
+async def test_a_bump_and_a_submission_of_the_same_key_do_not_wait_for_each_other(router: Rig):
+    owner = await router.bearer(FUNDS)
+    made = await router.http.post("/balance/keys", json={"limit_msat": 9000}, headers=owner)
+    limited = {"Authorization": f"Bearer {made.json()['key']}"}
+    async with router.worker() as worker:
+        await busy_worker(router, worker)
+        links = await post_job(router, limited)
+        (job,) = await router.query("select * from jobs where id = $1", links["id"])
+        async with router.core.database.transaction() as connection:
+            # What a submission does first.
+            await ledger.lock_balances(connection, [ledger.client(job["account_id"])])
+            raising = asyncio.create_task(bump(router, links, limited, fee_multiplier="2"))
+            async with asyncio.timeout(10):
+                while not await connection.fetchval(
+                    "select exists (select from pg_locks where not granted)"
+                ):
+                    await asyncio.sleep(0.01)
+            # And what it does then: were the bump there before it, PostgreSQL would end one of them.
+            await connection.execute("set local lock_timeout = '500ms'")
+            assert await accounts.spend(connection, job["key_id"], 1)
+        assert (await raising).status_code == 200
