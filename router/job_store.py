@@ -142,13 +142,14 @@ async def _in_rounds(
     """Do something for all rows, in rounds in which no job comes twice.
 
     Given two rows for one job, PostgreSQL would move it once, for a row of its own choosing, and
-    nobody could tell for which: a client might be refunded for an answer that he has.
+    nobody could tell for which: a client might be refunded for an answer that he has. In each round
+    jobs come by their ids, so that two that want the same ones wait for each other in one order.
     """
     results: dict[int, Result] = {}
     left = dict(enumerate(rows))
     while left:
         first = {row.job_id: place for place, row in reversed(left.items())}
-        places = sorted(first.values())
+        places = [first[job_id] for job_id in sorted(first)]
         for place, result in zip(places, await do([left.pop(p) for p in places]), strict=True):
             results[place] = result
     return [results[place] for place in range(len(rows))]

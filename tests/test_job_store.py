@@ -16,7 +16,17 @@ from router.database import Database
 from router.errors import IdempotencyConflict, NotEnoughBalance
 from router.job_records import Ending, GiveBack, Submission, Submitted
 from router.job_states import FINAL, Event, State
-from tests.job_tools import LANE, OFFER_MSAT, claim, end, new_job, new_quote, payer, state_of
+from tests.job_tools import (
+    LANE,
+    OFFER_MSAT,
+    claim,
+    end,
+    job_in,
+    new_job,
+    new_quote,
+    payer,
+    state_of,
+)
 
 FUNDS = 60_000
 HASH, OTHER = b"\x01" * 32, b"\x02" * 32
@@ -118,6 +128,34 @@ async def test_an_ending_and_a_submission_of_the_same_key_do_not_wait_for_each_o
     async with database.connection() as connection:
         (key,) = await accounts.list_keys(connection, account_id)
         assert key.spent_msat == 1000 + OFFER_MSAT
+
+
+@pytest.mark.parametrize("moves", ["endings", "give-backs"])
+async def test_two_that_move_the_same_jobs_in_another_order_do_not_wait_for_each_other(
+    database: Database, moves: str
+):
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        ids = sorted([(await job_in(connection, State.RUNNING, account_id)).id for _ in range(9)])
+
+    async def move(ids: list[str]) -> int:
+        async with database.transaction() as connection:
+            if moves == "endings":
+                rows = [Ending(job_id, Event.CANCEL, "cancelled", 1) for job_id in ids]
+                done = await job_store.end_many(connection, rows, wipe_after_s=600)
+            else:
+                backs = [GiveBack(job_id, 1, LANE, "lost", "worker") for job_id in ids]
+                done = await job_store.give_back_many(connection, backs)
+            return sum(map(bool, done))
+
+    async with database.transaction() as connection:
+        # Both have come to the one in the middle, if each goes its own way.
+        await connection.execute("select from jobs where id = $1 for update", ids[4])
+        both = [asyncio.create_task(move(ids)), asyncio.create_task(move(ids[::-1]))]
+        async with asyncio.timeout(10):
+            while await connection.fetchval("select count(*) from pg_locks where not granted") < 2:
+                await asyncio.sleep(0.01)
+    assert sorted(await asyncio.gather(*both)) == [0, 9]
 
 
 async def test_an_order_that_could_not_be_paid_may_be_repeated_once_it_can(database: Database):
