@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from billing.lightning import kept_http
 from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
+from billing.lightning.node_http import trusting
+from tests.router_rig import PATIENCE_S
+from tests.test_node_http import certificate
 
 OK = b"HTTP/1.1 200 OK\r\n"
 PLAIN = OK + b"Content-Length: 2\r\n\r\nhi"
@@ -26,8 +32,8 @@ class Server:
         self.url = ""
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Server]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def running(self, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with server:
             yield self
@@ -154,6 +160,59 @@ async def test_a_connection_that_was_closed_while_idle_is_not_used() -> None:
             assert await ask(calls) == (200, b"hi")
             await asyncio.sleep(0.02)
         assert server.connections == 3 and len(server.heads) == 3
+
+
+async def test_a_tls_connection_that_is_just_being_closed_is_not_used(tmp_path: Path) -> None:
+    """For one turn of the loop it has no socket any more, and has not said so."""
+    trusted, serving_tls = certificate(tmp_path, "ours")
+    server = Server(saying(PLAIN, close=True))
+    async with server.running(tls=serving_tls):
+        url = server.url.replace("http://127.0.0.1", "https://localhost")
+        calls = KeptHttp(url, tls=trusting(trusted), connect_timeout_s=2.0, most=1)
+        assert await ask(calls) == (200, b"hi")
+        (kept,) = calls._idle
+        assert kept._transport is not None
+        while kept.usable and kept._transport.get_extra_info("socket") is not None:
+            await asyncio.sleep(0)
+        assert kept.usable
+        assert await ask(calls) == (200, b"hi")
+        await calls.aclose()
+    assert server.connections == 2
+
+
+async def test_a_connection_that_answers_twice_is_not_used_again() -> None:
+    async with serving(saying(PLAIN + PLAIN)) as (server, calls):
+        for _ in range(2):
+            assert await ask(calls) == (200, b"hi")
+        assert server.connections == 2
+
+
+async def test_of_the_addresses_of_a_name_one_may_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses, or swallows what is sent there: the next one has time left."""
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
+    tried: list[str] = []
+
+    async def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        assert host == "node.example"
+        return [
+            (0, 0, 0, "", (address, port)) for address in ("swallows", "127.0.0.2", "127.0.0.1")
+        ]
+
+    async def reach(made: Any, host: str, port: int, **options: Any) -> Any:
+        tried.append(host)
+        if host == "swallows":
+            await asyncio.sleep(PATIENCE_S)
+        return await connect(made, host, port, **options)
+
+    async with Server(saying(PLAIN)).running() as server:
+        url = server.url.replace("127.0.0.1", "node.example")
+        calls = KeptHttp(url, connect_timeout_s=0.9, most=1)
+        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        monkeypatch.setattr(loop, "create_connection", reach)
+        assert await ask(calls) == (200, b"hi")
+        assert tried == ["swallows", "127.0.0.2", "127.0.0.1"]
+        await calls.aclose()
 
 
 async def test_an_answer_of_which_something_comes_now_and_then_is_waited_for() -> None:

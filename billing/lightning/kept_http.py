@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any, cast
@@ -104,15 +105,36 @@ class KeptHttp:
             raise NotSent("PoolTimeout") from None
 
     async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._connect_timeout_s
+        why: Exception | None = None
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    _Connection, self._host, self._port, ssl=self._tls
-                )
-        except TimeoutError:
-            raise NotSent("ConnectTimeout") from None
+            async with asyncio.timeout_at(until):
+                found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(found))
+            # Of several that a name has, one may swallow whatever is sent there: the others have their
+            # share of the time.
+            for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+                now = loop.time()
+                try:
+                    async with asyncio.timeout_at(now + (until - now) / left):
+                        return await self._connect_to(address[4][0])
+                except OSError as error:  # TimeoutError is one
+                    why = error
         except OSError as error:
-            raise NotSent(f"ConnectError: {error}") from None
+            why = error
+        if isinstance(why, TimeoutError):
+            raise NotSent("ConnectTimeout") from None
+        raise NotSent(f"ConnectError: {why}") from None
+
+    async def _connect_to(self, address: str | int) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            _Connection,
+            str(address),
+            self._port,
+            ssl=self._tls,
+            server_hostname=self._host if self._secure else None,
+        )
         return connection
 
     def _take_idle(self) -> _Connection | None:
@@ -158,8 +180,12 @@ class _Connection(asyncio.Protocol):
     def was_closed(self) -> bool:
         """Whether its end lies in the socket, and the loop has only not come to it yet."""
         assert self._transport is not None
+        end: Any = self._transport.get_extra_info("socket")
+        # A TLS connection that has lost its socket says so a turn of the loop later.
+        if self._transport.is_closing() or end is None or end.fileno() < 0:
+            return True
         look = select.poll()
-        look.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        look.register(end.fileno(), select.POLLIN)
         return bool(look.poll(0))
 
     async def ask(self, request: bytes, read_timeout_s: float) -> tuple[int, bytes]:
@@ -226,6 +252,10 @@ class _Connection(asyncio.Protocol):
         self._fail("ReadError" if exc else "RemoteProtocolError")
 
     # What the parser says.
+
+    def on_message_begin(self) -> None:
+        if self._answer is None or self._answer.done():
+            self.abort()  # a second answer, right behind the first
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._measured |= name.lower() in (b"content-length", b"transfer-encoding")
