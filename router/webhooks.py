@@ -42,8 +42,9 @@ AT_ONCE = 32
 # Of these each payer has so many to itself, and more only while so many are left for others: a payer
 # whose receivers are slow delays its own calls.
 SHARE, LEFT_FOR_OTHERS = 4, 8
-# Payers that are looked at in one turn; the next turn goes on behind them.
-PAYERS = 500
+# Payers that are looked at together, and how often in one turn while calls may begin; the next turn
+# goes on behind them. Most have only receivers that are tried in an hour again.
+PAYERS, LOOKS = 500, 20
 # Longer than any call lasts: until then nobody else calls for the same job.
 TAKEN = timedelta(seconds=60)
 GIVE_UP_AFTER = timedelta(days=1)
@@ -95,15 +96,24 @@ class Webhooks:
 
     async def call_due(self) -> int:
         """Begin as many of the calls that are due as may run at once; returns how many."""
-        if len(self._calls) >= AT_ONCE:
-            return 0
-        async with self._database.connection() as connection:
-            payers = await webhook_store.payers(connection, after=self._looked_to, most=PAYERS)
-            self._looked_to = payers[-1] if len(payers) == PAYERS else ""
-            begun = await self._begin(connection, payers, SHARE, AT_ONCE - len(self._calls))
-            more = AT_ONCE - LEFT_FOR_OTHERS - len(self._calls)
-            if more > 0:
-                begun += await self._begin(connection, payers, AT_ONCE, more)
+        begun = 0
+        for _ in range(LOOKS):
+            if len(self._calls) >= AT_ONCE:
+                break
+            async with self._database.connection() as connection:
+                begun += await self._look(connection)
+            if not self._looked_to:
+                break
+        return begun
+
+    async def _look(self, connection: Any) -> int:
+        """Begin the calls of the next payers; returns how many."""
+        payers = await webhook_store.payers(connection, after=self._looked_to, most=PAYERS)
+        self._looked_to = payers[-1] if len(payers) == PAYERS else ""
+        begun = await self._begin(connection, payers, SHARE, AT_ONCE - len(self._calls))
+        more = AT_ONCE - LEFT_FOR_OTHERS - len(self._calls)
+        if more > 0:
+            begun += await self._begin(connection, payers, AT_ONCE, more)
         return begun
 
     async def _begin(self, connection: Any, payers: list[str], share: int, most: int) -> int:

@@ -225,6 +225,7 @@ async def test_a_payer_with_slow_receivers_delays_its_own_calls(router: Rig):
 
 async def test_with_many_payers_each_has_its_turn(router: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(webhooks, "PAYERS", 2)
+    monkeypatch.setattr(webhooks, "LOOKS", 1)
     await router.core.webhooks.stop()
     async with Loopback(lambda _: http(200)) as server:
         await finished_job(router, None)
@@ -234,6 +235,25 @@ async def test_with_many_payers_each_has_its_turn(router: Rig, monkeypatch: pyte
         assert [await hooks.call_due() for _ in range(4)] == [4, 4, 2, 0]
         told = await calls(server, 10)
         assert sorted(request.target for request in told) == [f"/{p}" for p in "aabbccddee"]
+        await hooks.stop()
+
+
+async def test_payers_whose_receivers_are_all_dead_take_no_turn_from_others(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever pays by credential is a new payer each time, and a dead receiver is tried for a day."""
+    monkeypatch.setattr(webhooks, "PAYERS", 2)
+    await router.core.webhooks.stop()
+    async with Loopback(lambda _: http(200)) as server:
+        await finished_job(router, None)
+        for n in range(9):
+            await due_for(router, f"dead {n}", server.url("/dead"), 1)
+        await router.query("update webhooks set next_try_at = now() + interval '1 hour'")
+        await due_for(router, "sound", server.url("/sound"), 1)
+        hooks = _webhooks(router, datetime.now(UTC) + timedelta(seconds=1))
+        assert await hooks.call_due() == 1
+        (told,) = await calls(server, 1)
+        assert told.target == "/sound"
         await hooks.stop()
 
 
