@@ -1,0 +1,69 @@
+"""How PostgreSQL goes about the statements that each paid job waits for: to the jobs by their ids.
+
+The indexes of jobs that wait hold whatever has waited since they were last swept, which under load is
+thousands of rows for each that waits still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from router import job_queue, job_store
+from router.database import Database
+from tests.job_tools import LANE, new_job, payer, submit
+
+ENDED = 3000
+_LOOK: list[Any] = [[LANE], 16, [0], False]
+_TAKE: list[Any] = [["a", "b"], ["w"] * 2, ["r"] * 2, [0] * 2, [datetime.now(UTC)] * 2]
+_TAKE += [["queued"], "running", [None] * 2]
+
+
+def scans(plan: dict[str, Any]) -> Iterator[str]:
+    """How the table of jobs is read: by which indexes, or from one end to the other."""
+    index = plan.get("Index Name", "")
+    if index.startswith("jobs_"):
+        yield index
+    elif plan["Node Type"] == "Seq Scan" and plan["Relation Name"] == "jobs":
+        yield "all of it"
+    for part in plan.get("Plans", ()):
+        yield from scans(part)
+
+
+async def one_of_many_waits(connection: Any) -> None:
+    waiting = new_job()
+    await submit(connection, await payer(connection), waiting)
+    names = await connection.fetch(
+        "select quote_ident(attname) as name from pg_attribute where attrelid = 'jobs'::regclass"
+        " and attnum > 0 and not attisdropped and attname not in ('id', 'state')"
+    )
+    others = ", ".join(row["name"] for row in names)
+    await connection.execute(
+        f"insert into jobs (id, state, {others}) select id || '-' || n, 'succeeded', {others}"
+        f" from jobs, generate_series(1, {ENDED}) n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["custom", "generic"])
+@pytest.mark.parametrize(
+    "statement, values",
+    [
+        (job_queue._HEADS, _LOOK),
+        (job_store._CLAIM, _TAKE),
+        (job_store._CLAIM_FIRST, [*_TAKE, [LANE]]),
+    ],
+    ids=["look", "claim", "claim of the first"],
+)
+async def test_jobs_are_looked_up_by_their_ids_alone(
+    database: Database, statement: str, values: list[Any], kind: str
+):
+    async with database.transaction() as connection:
+        await one_of_many_waits(connection)
+        await connection.execute("analyze jobs")
+        await connection.execute(f"set local plan_cache_mode = force_{kind}_plan")
+        prepared = await connection.prepare(statement)
+        (explained,) = await prepared.explain(*values)
+    assert set(scans(explained["Plan"])) == {"jobs_pkey"}
