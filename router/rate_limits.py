@@ -143,7 +143,9 @@ def client_address(request: HTTPConnection, proxies: list[Network]) -> str:
     """The client's address: the last in `X-Forwarded-For` that is no proxy we trust."""
     peer = request.client.host if request.client else "unknown"
     if _trusted(peer, proxies):
-        hops = [hop.strip() for hop in request.headers.get("x-forwarded-for", "").split(",")]
+        # Some proxies add a line of their own behind the client's.
+        lines = request.headers.getlist("x-forwarded-for")
+        hops = [hop.strip() for hop in ",".join(lines).split(",")]
         while _trusted(peer, proxies) and hops and hops[-1]:
             peer = hops.pop()
     return _group(peer)

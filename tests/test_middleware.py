@@ -211,7 +211,8 @@ async def test_clients_behind_a_trusted_proxy_are_told_apart(tmp_path: Path, dat
 
 def test_an_address_is_read_only_as_far_as_proxies_are_trusted():
     def address(peer: str, forwarded: str, trusted: str) -> str:
-        headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
+        lines = forwarded.split("\n") if forwarded else []
+        headers = [(b"x-forwarded-for", line.encode()) for line in lines]
         scope = {"type": "http", "client": (peer, 1), "headers": headers}
         return client_address(HTTPConnection(scope), parse_networks(trusted))
 
@@ -219,6 +220,8 @@ def test_an_address_is_read_only_as_far_as_proxies_are_trusted():
     assert address("198.51.100.7", "203.0.113.1", "10.0.0.0/8") == "198.51.100.7"
     assert address("10.0.0.1", "203.0.113.1", "10.0.0.0/8") == "203.0.113.1"
     assert address("10.0.0.1", "1.1.1.1, 203.0.113.1, 10.0.0.2", "10.0.0.0/8") == "203.0.113.1"
+    # A proxy may add a line of its own: the first is what the client wrote.
+    assert address("10.0.0.1", "1.1.1.1\n203.0.113.1", "10.0.0.0/8") == "203.0.113.1"
     assert address("10.0.0.1", "", "10.0.0.0/8") == "10.0.0.1"
     assert address("10.0.0.1", "nonsense", "10.0.0.0/8") == "nonsense"
     assert len(address("10.0.0.1", "x" * 500, "10.0.0.0/8")) <= 64
