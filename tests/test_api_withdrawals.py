@@ -70,6 +70,8 @@ async def test_everything_is_withdrawn_to_an_address_once_for_each_idempotency_k
     replies = await asyncio.gather(*(order(router, headers, address=address) for _ in range(4)))
     assert {reply.status_code for reply in replies} == {202}, [r.text for r in replies]
     assert len({reply.json()["id"] for reply in replies}) == 1
+    long = proof | {"Idempotency-Key": "x" * 256}
+    assert code(await order(router, long, address=address)) == (400, "bad_request")
     done = await ended(router, replies[0].json()["id"], proof)
     assert done["state"] == "paid"
     assert done["amount_msat"] == 195_000

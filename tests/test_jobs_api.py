@@ -153,6 +153,21 @@ async def test_the_same_idempotency_key_is_the_same_jobs_and_another_body_a_conf
     assert len(holds) == 3
 
 
+async def test_an_idempotency_key_that_is_too_long_is_refused_and_an_empty_one_is_none(router: Rig):
+    payer = await router.bearer(FUNDS)
+    async with router.worker(slots=3):
+        # Cut, they would be the same.
+        for last in "ab":
+            long = payer | {"Idempotency-Key": "x" * 255 + last}
+            refused = await router.http.post("/jobs", json=JOB, headers=long)
+            assert code(refused) == (400, "bad_request")
+        assert not await router.query("select 1 from jobs")
+        for name, jobs in (("x" * 255, 1), ("", 2)):
+            headers = payer | {"Idempotency-Key": name}
+            replies = [await router.http.post("/jobs", json=JOB, headers=headers) for _ in range(2)]
+            assert len({reply.json()["jobs"][0]["id"] for reply in replies}) == jobs
+
+
 async def test_a_repeated_streaming_request_gets_the_same_answer_again(router: Rig):
     payer = await router.bearer(FUNDS) | {"Idempotency-Key": "stream-1"}
     async with router.worker() as worker:

@@ -19,7 +19,7 @@ from router import requests
 from router.api import payment
 from router.api.payment import Offer, Payer
 from router.core import Core
-from router.errors import Draining, NotEnoughBalance, Paused, QueueFull
+from router.errors import BadRequest, Draining, NotEnoughBalance, Paused, QueueFull
 from router.job_records import NewJob, NewQuote
 from router.job_views import time_text
 from router.market import ROUGHLY_S
@@ -33,7 +33,7 @@ CAPABILITIES = {
     Kind.IMAGE: "images",
     Kind.IMAGE_EDIT: "images",
 }
-MAX_IDEMPOTENCY_KEY = 255
+_IDEMPOTENCY_KEY_MAX = 255
 _TERMS = {
     b"x-fee-multiplier": "multiplier",
     b"x-max-fee-msat": "max_fee_msat",
@@ -203,8 +203,17 @@ def _leaves_with_client(request: Request, payer: Payer, style: Style) -> bool:
 def _once(request: Request, wanted: requests.Request, payer: Payer) -> tuple[str, str] | None:
     if payer.payment_hash is not None:
         return f"l402:{payer.payment_hash}", wanted.request_hash.hex()
+    named = idempotency_key(request)
+    return (payer.account_id, named) if named else None
+
+
+def idempotency_key(request: Request) -> str | None:
+    """What makes repeating a request safe; None: nothing, as where it is empty. Raises BadRequest for
+    one that is too long: if they were cut, two of them might be the same."""
     named = request.headers.get("idempotency-key")
-    return (payer.account_id, named[:MAX_IDEMPOTENCY_KEY]) if named else None
+    if named and len(named) > _IDEMPOTENCY_KEY_MAX:
+        raise BadRequest(f"an Idempotency-Key has at most {_IDEMPOTENCY_KEY_MAX} characters")
+    return named or None
 
 
 async def _budget_msat(core: Core, payer: Payer) -> int:

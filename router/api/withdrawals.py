@@ -13,7 +13,7 @@ from billing.payout_states import PayoutState
 from router.api.answers import answer, core_of, read_object
 from router.api.own_door import OwnDoorRoute, only, owner, short_text, whole_number
 from router.api.payment import Payer
-from router.api.purchase import MAX_IDEMPOTENCY_KEY
+from router.api.purchase import idempotency_key
 from router.core import Core
 from router.errors import BadRequest, Forbidden, IdempotencyConflict, NoSuchThing
 from router.job_views import time_text
@@ -78,10 +78,9 @@ async def _reserve_once(
     core: Core, request: Request, payer: Payer, body: dict[str, Any]
 ) -> str | None:
     """The Idempotency-Key of an order. Raises IdempotencyConflict: it was used for another."""
-    named = request.headers.get("idempotency-key")
-    if not named:
+    named = idempotency_key(request)
+    if named is None:
         return None
-    named = named[:MAX_IDEMPOTENCY_KEY]
     digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
     async with core.database.transaction() as connection:
         await connection.execute(
