@@ -91,8 +91,18 @@ async def ask(calls: KeptHttp, *, read_timeout_s: float = 2.0) -> tuple[int, byt
         saying(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", PLAIN),
         saying(OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", close=True),
         saying(OK + b"\r\nh", b"i", close=True),
+        saying(b"HTTP/1.1 103 X\r\nContent-Length: 0\r\n\r\n" + OK + b"\r\nhi", close=True),
     ],
-    ids=["whole", "byte by byte", "chunked", "continue", "hints", "close", "to the end"],
+    ids=[
+        "whole",
+        "byte by byte",
+        "chunked",
+        "continue",
+        "hints",
+        "close",
+        "to the end",
+        "hints, to the end",
+    ],
 )
 async def test_an_answer_is_whole_however_it_comes(turn: Turn) -> None:
     async with serving(turn) as (server, calls):

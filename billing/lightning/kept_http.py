@@ -256,6 +256,7 @@ class _Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._answer is None or self._answer.done():
             self.abort()  # a second answer, right behind the first
+        self._measured = False  # of an interim answer it is said, too
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._measured |= name.lower() in (b"content-length", b"transfer-encoding")
