@@ -94,6 +94,9 @@ class Parcels:
             unsent.append(message)
             self.sent += 1
             self._some.set()
+        else:
+            # What is dropped is missed by its number, with the next parcel.
+            self._numbers[to] += 1
 
     def tell_all(self, message: Message) -> None:
         self.send(_ALL, message)
