@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -91,15 +92,20 @@ class PatientHttp(HttpToolsProtocol):
 
 
 class DirectConnection:
-    """`router.api.short_ways.BodyWriter` for one request and its answer."""
+    """`router.api.short_ways.BodyWriter` for one request and its answer.
+
+    Referred to weakly, as the scope that has this is the request's: a cycle would stay in memory,
+    with all that was asked, until Python's collector comes.
+    """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)
 
     def ready(self) -> bool:
-        cycle = self._cycle
+        cycle = self._cycle()
         return not (
-            cycle.flow.write_paused
+            cycle is None
+            or cycle.flow.write_paused
             or cycle.disconnected
             or cycle.response_complete
             or not cycle.chunked_encoding
@@ -107,8 +113,8 @@ class DirectConnection:
         )
 
     def write(self, body: bytes) -> None:
-        if body:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        if body and (cycle := self._cycle()) is not None:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class StraightFrames(WebSocketsSansIOProtocol):
@@ -121,11 +127,18 @@ class StraightFrames(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self._handler: FrameHandler | None = None
         self._broke: Exception | None = None
+        self._extensions: dict[str, Any] = {}
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if not self.close_sent:
-            cast(dict[str, Any], self.scope)["extensions"][FRAMES] = self
+            self._extensions = cast(dict[str, Any], self.scope)["extensions"]
+            self._extensions[FRAMES] = self
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # What refers to itself would stay in memory until Python's collector comes.
+        self._extensions.pop(FRAMES, None)
 
     def hand_to(self, handler: FrameHandler | None) -> None:
         self._handler = handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -10,7 +11,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from router.connections import StraightFrames
 from tests.door_tools import CHAT, until_state
 from tests.router_rig import PATIENCE_S, Rig
 
@@ -83,3 +86,39 @@ async def test_requests_that_are_sent_ahead_are_answered_in_order(router: Rig):
     places = [got.index(f"{word}{seq} ") for word in ("first", "second") for seq in range(5)]
     assert places == sorted(places)
     assert got.count("data: [DONE]") == 2 and got.index("max_multiplier") > places[-1]
+
+
+async def test_what_a_request_or_a_worker_needed_is_free_as_soon_as_it_is_over(router: Rig):
+    """Without Python's collector, which a router lets come seldom."""
+    payer = await router.bearer()
+
+    async def ask() -> None:
+        async with router.worker() as worker:
+            asked = asyncio.create_task(
+                router.http.post(
+                    "/v1/chat/completions", json=CHAT | {"stream": True}, headers=payer
+                )
+            )
+            await worker.serve()
+            assert "[DONE]" in (await asked).text
+
+    async def none_is_left(before: int) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while _in_memory() > before:
+                await asyncio.sleep(0.05)
+
+    await ask()
+    gc.collect()
+    gc.disable()
+    try:
+        before = _in_memory()
+        for _ in range(5):
+            await ask()
+        await none_is_left(before)
+    finally:
+        gc.enable()
+
+
+def _in_memory() -> int:
+    kinds = (RequestResponseCycle, StraightFrames)
+    return sum(type(one) in kinds for one in gc.get_objects())
