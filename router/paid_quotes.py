@@ -39,7 +39,8 @@ where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.sta
 # guards are those of the steps; quote and jobs are locked by their ids, whatever their state, as in
 # `router.job_store`: by their state, PostgreSQL may look through all that ever were in it. The payer's
 # balance changes once, by what the jobs leave of the money; rows come in name order, as they are locked
-# elsewhere. A transfer that was posted before, or a balance below zero, ends it all by a constraint.
+# elsewhere, and the stream's cursor after them, as in the steps. A transfer that was posted before, or
+# a balance below zero, ends it all by a constraint.
 _START = """
 with invoice as (
     select reference from invoices
@@ -83,10 +84,11 @@ raised as (
         select escrow, held_msat from started where held_msat > 0) t(account, msat)
     order by account
     on conflict (account) do update
-        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat),
+        set balance_msat = ledger_balances.balance_msat + excluded.balance_msat
+    returning account),
 followed as (
     insert into node_cursors (backend, cursor)
-    select $14::text, $15::text from quote where $15::text is not null
+    select $14::text, $15::text where $15::text is not null and exists (select 1 from raised)
     on conflict (backend) do update set cursor = excluded.cursor)
 select s.id, s.multiplier_milli, s.seq, s.prefix from quote left join started s on true
 order by s.seq"""

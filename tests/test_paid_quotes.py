@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from billing import ledger
 from billing.invoice_watcher import InvoiceWatcher, Receipt
 from billing.invoices import utc_now
+from billing.ledger import Transfer
 from billing.lightning import Settlement
+from router.job_queue import Candidate
 from router.paid_quotes import PaidQuotes
 from tests.door_tools import JOB
 from tests.router_rig import Rig
@@ -55,7 +58,7 @@ def settlement(due: dict[str, Any]) -> Settlement:
     return Settlement(due["payment_hash"], due["amount_msat"] + 7, utc_now(), "1")
 
 
-async def start(router: Rig, told: Receipt) -> list[str] | None:
+async def start(router: Rig, told: Receipt) -> list[list[Candidate]] | None:
     return await PaidQuotes(router.core.database, router.core.models).start(told)
 
 
@@ -187,6 +190,39 @@ async def test_money_that_is_in_the_books_already_is_not_booked_again(shop: Rig)
     with pytest.raises(asyncpg.UniqueViolationError):
         await start(shop, receipt(due))
     assert await everything(shop) == before
+
+
+async def test_it_does_not_wait_for_a_payer_s_other_payment_while_that_waits_for_it(shop: Rig):
+    """The cursor comes after the account, by both ways; else PostgreSQL would end one of them."""
+    core = shop.core
+    due = await bought(shop)
+    (invoice,) = await shop.query("select account_id from invoices")
+    told = replace(receipt(due), cursor="1")
+    follow = (
+        "insert into node_cursors (backend, cursor) values ($1, $2)"
+        " on conflict (backend) do update set cursor = excluded.cursor"
+    )
+    async with core.database.transaction() as connection:
+        await connection.execute(follow, told.backend, "0")
+        await ledger.post(
+            connection,
+            [Transfer(ledger.LIGHTNING, ledger.client(invoice["account_id"]), 1, "received", "x")],
+        )
+    async with core.database.transaction() as connection:
+        # What going step by step does first, for another payment to this account.
+        await ledger.lock_balances(connection, [ledger.client(invoice["account_id"])])
+        starting = asyncio.create_task(start(shop, told))
+        async with asyncio.timeout(10):
+            while not await connection.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0.01)
+        # And last.
+        await connection.execute("set local lock_timeout = '500ms'")
+        await connection.execute(follow, told.backend, "2")
+    assert len(await starting or ()) == 2
+    (cursor,) = await shop.query("select cursor from node_cursors where backend = 'simulated'")
+    assert cursor["cursor"] == "1"
 
 
 async def test_told_by_many_at_once_a_payment_counts_once(shop: Rig):
