@@ -35,6 +35,9 @@ WRITE_S = 2.0
 SAY_S = 1.0
 # Changes within this time are said together.
 GATHER_S = 0.02
+# Summing up thousands of workers takes a while: so many times as long nothing is said, however often
+# they come and go.
+REST = 10
 STALE_S = 8.0
 LOST_S = 20.0
 # Who has not looked for so long himself cannot say that others are silent.
@@ -147,14 +150,16 @@ class Presence:
     async def _say_for_ever(self) -> None:
         while True:
             self._changed.clear()
+            began = time.monotonic()
             try:
                 self.say()
             except Exception:
                 log.exception("other routers were not told of our workers, going on")
+            took_s = time.monotonic() - began
             try:
                 async with asyncio.timeout(SAY_S):
                     await self._changed.wait()
-                await asyncio.sleep(GATHER_S)
+                await asyncio.sleep(max(GATHER_S, REST * took_s))
             except TimeoutError:
                 continue
 
