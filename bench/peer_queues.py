@@ -128,7 +128,7 @@ def _satherd(behind: int) -> Work:
         writer = BatchingWriter(
             database,
             {
-                "submit": job_submits.submit_many,
+                "submit": job_submits.submit_plain,
                 "claim": job_store.claim_many,
                 "end": lambda connection, rows: job_store.end_many(
                     connection, rows, wipe_after_s=600

@@ -1,8 +1,8 @@
 """All SQL that brings jobs into being: submitting from a balance, and starting a paid quote.
 
-`submit_many` is a handler of the batching writer: it takes many rows, runs a fixed number of statements
-whatever their number, and returns one result for each row. The hold is posted in the transaction that
-queues the job.
+`submit_plain` and `submit_bound` are handlers of the batching writer: they take many rows, run a fixed
+number of statements whatever their number, and return one result for each row. The hold is posted in
+the transaction that queues the job.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billing import accounts, ledger
-from billing.ledger import Transfer
-from router import job_queue, job_states
+from router import job_inserts, job_queue, job_states
 from router.errors import IdempotencyConflict, NotEnoughBalance, QuoteExpired
 from router.job_records import (
     NewQuote,
@@ -32,42 +31,20 @@ select * from unnest($1::text[], $2::text[], $3::bytea[], $4::text[])
 on conflict do nothing returning scope, key"""
 
 
-# Jobs that are queued get their places with their rows, in all of their lanes at once.
-_ADD = """
-with quoted as (
-    insert into quotes (id, account_id, state, request_hash, base_fee_msat, offer_msat, max_wait_s,
-        expires_at)
-    select *, now() from unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::bigint[],
-        $6::bigint[], $7::int[])),
-added as (
-    insert into jobs (id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
-        prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s,
-        attached_to, choices, webhook, prefix, run_limit_s, seq, queued_at, wait_ends_at)
-    select t.id, t.quote_id, t.index, t.account_id, t.key_id, t.kind, t.model, t.state, t.spec,
-        t.rates, t.prompt_tokens, t.max_tokens, t.base_fee_msat, t.held_msat, t.multiplier_milli,
-        t.max_wait_s, t.attached_to, t.choices, t.webhook, t.prefix, t.run_limit_s,
-        n.seq, n.queued_at, n.wait_ends_at
-    from unnest($8::text[], $9::text[], $10::int[], $11::text[], $12::text[], $13::text[],
-        $14::text[], $15::text[], $16::text[], $17::text[], $18::bigint[], $19::bigint[],
-        $20::bigint[], $21::bigint[], $22::bigint[], $23::int[], $24::text[], $25::text[],
-        $26::text[], $27::bigint[], $28::int[])
-        with ordinality t(id, quote_id, index, account_id, key_id, kind, model, state, spec, rates,
-            prompt_tokens, max_tokens, base_fee_msat, held_msat, multiplier_milli, max_wait_s,
-            attached_to, choices, webhook, prefix, run_limit_s, n)
-    cross join lateral (select
-        case when t.state = 'queued' then nextval('queue_seq') end as seq,
-        case when t.state = 'queued' then now() end as queued_at,
-        now() + make_interval(secs => t.max_wait_s) as wait_ends_at) n
-    order by t.n
-    returning id, multiplier_milli, seq)
-insert into queue (job_id, lane, multiplier_milli, seq)
-select a.id, l.lane, a.multiplier_milli, a.seq
-from added a join unnest($29::text[], $30::text[]) l(job_id, lane) on l.job_id = a.id
-where a.seq is not null
-on conflict do nothing"""
+def is_plain(row: Submission) -> bool:
+    """Whether only the payer's balance decides on a submission: no key's limit, no repetition."""
+    return row.key_id is None and row.once is None and row.account_id != ledger.CHECKS
 
 
-async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
+async def submit_plain(connection: Any, rows: list[Submission]) -> list[Any]:
+    """As `submit_bound` does, for rows that are plain: one statement, where all are covered."""
+    if await job_inserts.add_covered(connection, rows):
+        return [Submitted(row.quote.id, repeated=False) for row in rows]
+    async with connection.transaction():
+        return await submit_bound(connection, rows)
+
+
+async def submit_bound(connection: Any, rows: list[Submission]) -> list[Any]:
     """Hold the money, store quote and jobs, queue them. Results: Submitted, or an error each.
 
     Errors: NotEnoughBalance, IdempotencyConflict; nothing has then changed for that row.
@@ -82,9 +59,11 @@ async def submit_many(connection: Any, rows: list[Submission]) -> list[Any]:
     await _reserve_once(connection, rows, results)
     fresh = [row for row, result in zip(rows, results, strict=True) if result is None]
     if fresh:
-        await _add(connection, fresh, State.QUEUED)
+        await job_inserts.add(connection, fresh, State.QUEUED)
         holds = [
-            _hold(row.account_id, job.id, job.offer_msat) for row in fresh for job in row.quote.jobs
+            job_inserts.hold(row.account_id, job.id, job.offer_msat)
+            for row in fresh
+            for job in row.quote.jobs
         ]
         await ledger.post(connection, holds, locked=True)
     results = [
@@ -194,55 +173,13 @@ async def _reserve_once(connection: Any, rows: list[Submission], results: list[A
         results[i] = _repeated(taken["request_hash"], taken["quote_id"], row)
 
 
-async def _add(connection: Any, rows: list[Submission], state: State) -> None:
-    """Insert jobs; those that are queued also get their quotes' rows and their places."""
-    quotes = [row for row in rows if state is State.QUEUED]
-    pairs = [(row, job) for row in rows for job in row.quote.jobs]
-    places = [(job.id, lane) for _, job in pairs for lane in job.lanes]
-    await connection.execute(
-        _ADD,
-        [row.quote.id for row in quotes],
-        [row.account_id for row in quotes],
-        ["paid"] * len(quotes),
-        [row.quote.request_hash for row in quotes],
-        [row.quote.base_fee_msat for row in quotes],
-        [row.quote.offer_msat for row in quotes],
-        [row.quote.max_wait_s for row in quotes],
-        [job.id for _, job in pairs],
-        [row.quote.id for row, _ in pairs],
-        [job.index for _, job in pairs],
-        [row.account_id for row, _ in pairs],
-        [row.key_id for row, _ in pairs],
-        [job.kind for _, job in pairs],
-        [job.model for _, job in pairs],
-        [state.value] * len(pairs),
-        [job.spec for _, job in pairs],
-        [job.rates for _, job in pairs],
-        [job.prompt_tokens for _, job in pairs],
-        [job.max_tokens for _, job in pairs],
-        [job.base_fee_msat for _, job in pairs],
-        [job.offer_msat for _, job in pairs],
-        [job.multiplier_milli for _, job in pairs],
-        [row.quote.max_wait_s for row, _ in pairs],
-        [row.attached_to for row, _ in pairs],
-        [job.choices for _, job in pairs],
-        [job.webhook for _, job in pairs],
-        [job.prefix for _, job in pairs],
-        [job.run_limit_s for _, job in pairs],
-        [job_id for job_id, _ in places],
-        [lane for _, lane in places],
-    )
-
-
-def _hold(account_id: str, job_id: str, amount_msat: int) -> Transfer:
-    return Transfer(ledger.payer(account_id), ledger.escrow(job_id), amount_msat, "hold", job_id)
-
-
 async def store_awaiting(
     connection: Any, quote: NewQuote, account_id: str, *, key_id: str | None = None
 ) -> None:
     """Keep the jobs of a quote until `start_quote`, or until it expires."""
-    await _add(connection, [Submission(quote, account_id, key_id)], State.AWAITING_PAYMENT)
+    await job_inserts.add(
+        connection, [Submission(quote, account_id, key_id)], State.AWAITING_PAYMENT
+    )
 
 
 async def start_quote(
@@ -277,5 +214,7 @@ async def start_quote(
             for lane in lanes[job["id"]]
         ],
     )
-    await ledger.post(connection, [_hold(j["account_id"], j["id"], j["held_msat"]) for j in jobs])
+    await ledger.post(
+        connection, [job_inserts.hold(j["account_id"], j["id"], j["held_msat"]) for j in jobs]
+    )
     return [j["id"] for j in jobs]

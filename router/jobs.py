@@ -111,13 +111,14 @@ class Jobs:
         other they are cancelled as soon as they can be.
         """
         quote_id = submission.quote.id
+        kind = "submit" if job_submits.is_plain(submission) else "submit_bound"
         until = time.monotonic() + UNSURE_S
         unsure = False
         while True:
             try:
                 if unsure and await self.of_quote(quote_id):
                     return Submitted(quote_id, repeated=False)
-                done: Submitted = await self._writer.write("submit", submission)
+                done: Submitted = await self._writer.write(kind, submission)
                 # Found as repeated, it may have been by ourselves a moment ago.
                 return replace(done, repeated=done.quote_id != quote_id) if unsure else done
             except DatabaseUnavailable as error:

@@ -89,12 +89,13 @@ def join(
     end_many = partial(job_store.end_many, wipe_after_s=settings.wipe_after_s)
     writer = BatchingWriter(
         database,
-        {"submit": job_submits.submit_many},
+        {"submit": job_submits.submit_plain, "submit_bound": job_submits.submit_bound},
         # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
         {"end": end_many, "give_back": job_store.give_back_many},
-        # One of two claims of the same job may be done alone: it is the one that counts.
-        single=["claim"],
+        # One of two claims of the same job may be done alone: it is the one that counts. A submission
+        # that is not covered has done nothing.
+        single=["claim", "submit"],
     )
     attempts = Attempts(
         database,

@@ -61,7 +61,7 @@ async def payer(connection: Any, amount_msat: int = 1_000_000) -> str:
 
 async def submit(connection: Any, account_id: str, *jobs: NewJob) -> Submitted:
     quote = new_quote(*jobs)
-    (result,) = await job_submits.submit_many(connection, [Submission(quote, account_id)])
+    (result,) = await job_submits.submit_plain(connection, [Submission(quote, account_id)])
     assert isinstance(result, Submitted), result
     return result
 

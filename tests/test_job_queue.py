@@ -43,7 +43,7 @@ async def test_jobs_of_one_batch_keep_the_order_of_the_batch(database: Database)
     async with database.transaction() as connection:
         account_id = await payer(connection)
         quotes = [new_quote(new_job(), new_job(index=1)) for _ in range(20)]
-        await job_submits.submit_many(connection, [Submission(q, account_id) for q in quotes])
+        await job_submits.submit_bound(connection, [Submission(q, account_id) for q in quotes])
         assert await _order(connection) == [job.id for quote in quotes for job in quote.jobs]
 
 

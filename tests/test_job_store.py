@@ -33,7 +33,7 @@ HASH, OTHER = b"\x01" * 32, b"\x02" * 32
 
 
 async def submit(connection: Any, *rows: Submission) -> list[Any]:
-    return await job_submits.submit_many(connection, list(rows))
+    return await job_submits.submit_bound(connection, list(rows))
 
 
 def order(account_id: str, *, key: str = "k", request: bytes = HASH, **more: Any) -> Submission:
@@ -241,7 +241,11 @@ async def _something(
             account_id = dice.choice(payers)
             key_id = keys[account_id] if dice.random() < 0.5 else None
             rows.append(Submission(new_quote(new_job(spec="{}")), account_id, key_id))
-        results = await job_submits.submit_many(connection, rows)
+        rows.sort(key=job_submits.is_plain)
+        plain = [row for row in rows if job_submits.is_plain(row)]
+        bound = rows[: len(rows) - len(plain)]
+        results = await job_submits.submit_bound(connection, bound)
+        results += await job_submits.submit_plain(connection, plain) if plain else []
         for row, result in zip(rows, results, strict=True):
             if isinstance(result, Submitted):
                 jobs.append(row.quote.jobs[0].id)
