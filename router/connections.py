@@ -22,6 +22,8 @@ from router.api.short_ways import BODY, FRAMES, FrameHandler
 MAX_HEAD_BYTES = 64 << 10
 # How long a client may leave a full buffer (64 KiB) unread. What it does not read stays in memory.
 SLOW_READER_S = 60.0
+# Who has sent so much at once may have sent more: thousands of tokens, and some milliseconds of work.
+MUCH_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,17 @@ class StraightFrames(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         # What refers to itself would stay in memory until Python's collector comes.
         self._extensions.pop(FRAMES, None)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if len(data) >= MUCH_BYTES and not self.read_paused:
+            # uvloop goes on reading from one that sends without end; now others have their turn.
+            self.transport.pause_reading()
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def hand_to(self, handler: FrameHandler | None) -> None:
         self._handler = handler

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from router.connections import StraightFrames
+from router.connections import MUCH_BYTES, StraightFrames
 from tests.door_tools import CHAT, until_state
-from tests.router_rig import PATIENCE_S, Rig
+from tests.router_rig import MODEL, PATIENCE_S, Rig
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -122,3 +122,32 @@ async def test_what_a_request_or_a_worker_needed_is_free_as_soon_as_it_is_over(r
 def _in_memory() -> int:
     kinds = (RequestResponseCycle, StraightFrames)
     return sum(type(one) in kinds for one in gc.get_objects())
+
+
+async def test_one_that_sends_without_end_is_read_in_turns_with_others(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """A worker that floods would keep the router from everything else, its database first."""
+    pieces: list[tuple[int, bool]] = []
+    received = StraightFrames.data_received
+
+    def noted(self: StraightFrames, data: bytes) -> None:
+        received(self, data)
+        pieces.append((len(data), self.transport.is_reading()))
+
+    monkeypatch.setattr(StraightFrames, "data_received", noted)
+    models = [{"id": MODEL, "kind": "text", "context_length": 1 << 20, "max_tokens": 1 << 17}]
+    payer = await router.bearer(500_000_000)
+    async with router.worker(models=models) as worker:
+        body = CHAT | {"max_tokens": 1 << 17}
+        asked = asyncio.create_task(
+            router.http.post("/v1/chat/completions", json=body, headers=payer)
+        )
+        job = await worker.job()
+        for seq in range(40):
+            await worker.say(job, "x" * 200_000, seq=seq)
+        await worker.finish(job, tokens=40)
+        reply = await asyncio.wait_for(asked, 3 * PATIENCE_S)
+    assert reply.json()["choices"][0]["message"]["content"] == "x" * 200_000 * 40
+    large = [reading for size, reading in pieces if size >= MUCH_BYTES]
+    assert large and not any(large)
