@@ -174,7 +174,8 @@ async def test_metrics_count_what_happens(router: Rig):
     assert after["workers", "idle"] == 1
     assert after["node_spendable_msat",] >= 1_000_000
     assert after["settlements_alive",] == after["database_up",] == after["node_up",] == 1
-    assert after["writer_rows_total",] >= 3 and after["writer_turns_total",] >= 1
+    # The submission and the ending; a claim of a fresh job may do without the writer.
+    assert after["writer_rows_total",] >= 2 and after["writer_turns_total",] >= 1
     assert after["payouts_unresolved",] == after["payouts_paused",] == after["paused",] == 0
     assert after["info", "regtest", "true", "1.2.3"] == 1
 
