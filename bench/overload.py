@@ -169,6 +169,9 @@ async def _come_and_come(
     began = time.perf_counter()
     while (passed_s := time.perf_counter() - began) < seconds:
         while told.asked < passed_s * per_s:
+            # The router closes what has been idle for some seconds.
+            while free and free[-1].closed.done():
+                free.pop()
             client = free.pop() if free else await _connect(stage, seen, told, free)
             client.send(request)
             told.asked += 1
