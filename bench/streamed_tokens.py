@@ -3,10 +3,10 @@
     python -m bench.streamed_tokens [--quick] [--seconds S] [--json FILE]
 
 Paced: four workers decode 50 answers each, one token of every answer a step, one frame a step, as
-continuous batching does. Unpaced: as fast as the router reads. Answers are long and begin before the
-measurement, so that only the relay is measured. Delay is from just before the worker sends its frame
-until the client has read the token, in this process at both ends; it includes what this process
-itself takes.
+continuous batching does; or 200 workers one each, with a frame for every token. Unpaced: as fast as the
+router reads. Answers are long and begin before the measurement, so that only the relay is measured.
+Delay is from just before the worker sends its frame until the client has read the token, in this
+process at both ends; it includes what this process itself takes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from bench.scene import Scene, scene
 
 STREAMS = 200
 WORKERS = 4
-# Tokens per second of each stream; None is as fast as possible.
-RATES: tuple[int | None, ...] = (50, 100, 200, None)
+# (workers, tokens per second of each stream; None is as fast as possible)
+ROWS: tuple[tuple[int, int | None], ...] = (
+    (WORKERS, 50),
+    (WORKERS, 100),
+    (WORKERS, 200),
+    (STREAMS, 50),
+    (STREAMS, 100),
+    (WORKERS, None),
+)
 _ENDLESS = 1 << 18
 
 
@@ -34,8 +41,10 @@ async def measure(options: Options) -> Sequence[Report]:
     report = Report(f"streamed tokens, {STREAMS} answers at a time")
     # The database has nothing to commit while answers run; it may as well be a fast one.
     async with scene(throw_away=True) as stage:
-        for rate in RATES:
-            row = await streamed_tokens(stage, STREAMS, rate, seconds=options.seconds)
+        for workers, rate in ROWS:
+            row = await streamed_tokens(
+                stage, STREAMS, rate, seconds=options.seconds, workers=workers
+            )
             report.rows.append(row)
         report.notes.append(
             "router on a core of its own, the rest on the others"
@@ -47,7 +56,13 @@ async def measure(options: Options) -> Sequence[Report]:
 
 
 async def streamed_tokens(
-    stage: Scene, streams: int, rate: int | None, *, seconds: float, warm_up_s: float = 3.0
+    stage: Scene,
+    streams: int,
+    rate: int | None,
+    *,
+    seconds: float,
+    warm_up_s: float = 3.0,
+    workers: int = WORKERS,
 ) -> Row:
     """One row: `streams` answers, each at `rate` tokens a second, or unpaced for None."""
     body = orjson.dumps(load.chat_body(max_tokens=_ENDLESS, stream=True))
@@ -55,9 +70,9 @@ async def streamed_tokens(
     request = load.http_request("/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
     # Unpaced, delays would only show how much waits in the sockets.
     pace = Pace(_ENDLESS, step_s=1 / rate if rate else 0.0, stamped=rate is not None)
-    slots = -(-streams // WORKERS)
+    slots = -(-streams // workers)
     async with (
-        load.workers(stage.worker_url, pace, count=WORKERS, slots=slots, ln_host=stage.ln_host),
+        load.workers(stage.worker_url, pace, count=workers, slots=slots, ln_host=stage.ln_host),
         load.closed_loop(stage.port, [request], in_flight=streams) as seen,
     ):
         await asyncio.sleep(warm_up_s)
@@ -71,6 +86,7 @@ async def streamed_tokens(
     elapsed_s = after.at_s - before.at_s
     router_s = after.router_s - before.router_s
     return {
+        "workers": workers,
         "tokens/s per answer": rate or "unpaced",
         "tokens/s wanted": rate * streams if rate else None,
         "tokens/s": said / elapsed_s,
