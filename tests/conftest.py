@@ -12,6 +12,8 @@ import pytest
 
 from router.database import Database, migrate
 from router.embedded_postgres import throw_away_server
+from tests.nats_tools import nats_if_any
+from tests.pair_rig import running_pair
 from tests.regtest.network import LightningNetwork
 from tests.regtest.session import running_network
 from tests.router_rig import Rig, running_rig
@@ -82,6 +84,16 @@ async def router(tmp_path: Path, database_url: str) -> AsyncIterator[Rig]:
     """A running router with the settings of `running_rig`."""
     async with running_rig(tmp_path, database_url) as rig:
         yield rig
+
+
+@pytest.fixture
+async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
+    """Routers A and B over NATS; where there is none, over the bus within this process."""
+    async with (
+        nats_if_any(tmp_path) as line,
+        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
+    ):
+        yield rigs
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,9 @@ from router.job_states import State
 from router.job_stream import StreamHub
 from router.workers import FarWorkers, Fleet, Worker
 from tests.nats_tools import nats_if_any
+from tests.pair_rig import running_pair, worker_at
 from tests.reading import CHAT, until
 from tests.router_rig import Rig
-from tests.test_two_routers import running_pair, worker_at
 from worker.protocol import ModelKind, ServedModel
 
 JOB = NewJob("", 0, "chat", "m", "{}", "{}", 5, 5, 1, 1, 1000, lane="")

@@ -15,9 +15,9 @@ import pytest
 from websockets.asyncio.client import connect
 
 from tests.crash_rig import dying_with_us, free_port
+from tests.pair_rig import running_pair
 from tests.reading import PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker
-from tests.test_two_routers import running_pair
 
 CONFIG = Path(__file__).parent.parent / "deploy" / "nginx.conf"
 

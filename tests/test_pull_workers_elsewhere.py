@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,24 +13,18 @@ import pytest
 from router import far_calls, pull_submits
 from router.far_calls import FarCalls, NoAnswer
 from tests.door_tools import set_rates
-from tests.nats_tools import nats_if_any
 from tests.poll_tools import apikey, horde_prompt, known_model, kobold_prompt, until_done
 from tests.pull_stand_ins import ClusterBridge, KoboldCpp
 from tests.reading import until
 from tests.router_rig import Rig
-from tests.test_two_routers import running_pair
 
 SUBMIT = "/api/v2/generate/text/submit"
 
 
-@pytest.fixture
-async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
-    async with (
-        nats_if_any(tmp_path) as line,
-        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
-    ):
-        await until(lambda: know_each_other(rigs))
-        yield rigs
+@pytest.fixture(name="pair")
+async def acquainted(pair: tuple[Rig, Rig]) -> tuple[Rig, Rig]:
+    await until(lambda: know_each_other(pair))
+    return pair
 
 
 async def know_each_other(rigs: tuple[Rig, Rig]) -> bool:

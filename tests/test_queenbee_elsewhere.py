@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pytest
 from coincurve import PrivateKey
 
 from tests.door_tools import CHAT
-from tests.nats_tools import nats_if_any
 from tests.reading import PATIENCE_S, until
 from tests.router_rig import Rig
-from tests.test_two_routers import running_pair
 from tests.workerbee import LARGE, SMALL, registered, registration_031, workerbee
-
-
-@pytest.fixture
-async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
-    async with (
-        nats_if_any(tmp_path) as line,
-        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
-    ):
-        yield rigs
 
 
 async def test_what_nobody_listed_is_quoted_and_queued_at_any_router(pair):

@@ -8,73 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from router import dispatcher, jobs
-from router.bus import Exchange
-from tests.nats_tools import CutProxy, NatsServer, nats_if_any
+from tests.nats_tools import CutProxy, NatsServer
+from tests.pair_rig import joined, running_pair, worker_at
 from tests.reading import CHAT, PATIENCE_S, Reader, until
-from tests.router_rig import ADMIN_TOKEN, Rig, ScriptedWorker, running_network, running_router
-
-SECRET = "5" * 64
-
-
-@asynccontextmanager
-async def running_pair(
-    folder: Path, database_url: str, *, lines: tuple[str | None, str | None], **settings: Any
-) -> AsyncIterator[tuple[Rig, Rig]]:
-    """Routers A and B. `lines`: each one's URL of NATS; None for the bus within this process."""
-    exchange = Exchange()
-    async with AsyncExitStack() as stack:
-        network, network_url = await stack.enter_async_context(running_network(folder))
-        rigs = [
-            await stack.enter_async_context(
-                running_router(
-                    folder / name,
-                    database_url,
-                    network,
-                    network_url,
-                    exchange=exchange,
-                    secret=SECRET,
-                    nats_url=line,
-                    **settings,
-                )
-            )
-            for name, line in zip("ab", lines, strict=True)
-        ]
-        await until(lambda: _joined(rigs))
-        yield rigs[0], rigs[1]
-
-
-@asynccontextmanager
-async def worker_at(rig: Rig, *, known_at: Rig, **options: Any) -> AsyncIterator[ScriptedWorker]:
-    """A worker of one router, once the other has heard of it."""
-
-    async def known() -> bool:
-        return bool(known_at.core.fleet.elsewhere())
-
-    async with rig.worker(**options) as worker:
-        await until(known)
-        yield worker
-
-
-async def _joined(rigs: list[Rig]) -> bool:
-    return all(rig.core.relay.bus.up for rig in rigs)
-
-
-@pytest.fixture
-async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
-    """Routers A and B over NATS; where there is none, over the bus within this process."""
-    async with (
-        nats_if_any(tmp_path) as line,
-        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
-    ):
-        yield rigs
+from tests.router_rig import ADMIN_TOKEN, Rig
 
 
 async def test_a_client_at_one_router_is_served_by_a_worker_at_the_other(pair):
@@ -519,7 +462,7 @@ async def test_a_stream_goes_on_while_nats_is_killed_and_when_it_is_back(
             assert health.json()["parts"]["bus"] == "away"
             assert "satherd_bus_up 0.0" in (await a.http.get("/metrics")).text
             await nats.start()
-            await until(lambda: _joined([a, b]))
+            await until(lambda: joined([a, b]))
             await worker.say(job, "and after.", seq=2)
             await reader.until_shown("before, while it is away, and after.")
             await worker.finish(job, tokens=9)
@@ -556,7 +499,7 @@ async def test_a_router_cut_off_from_nats_is_still_one_market_with_the_other(
             cancelled = await a.http.delete(link["status_url"], headers=token)
             assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
             await line.start()
-            await until(lambda: _joined([a, b]))
+            await until(lambda: joined([a, b]))
             await line.cut()
         assert (await a.books()).in_order
     await nats.kill()

@@ -14,9 +14,9 @@ from router import following
 from router.database import DatabaseUnavailable
 from router.embedded_postgres import EmbeddedPostgres
 from tests.nats_tools import nats_if_any
+from tests.pair_rig import running_pair, worker_at
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig
-from tests.test_two_routers import running_pair, worker_at
 
 Homeless = tuple[Rig, Rig, EmbeddedPostgres]
 

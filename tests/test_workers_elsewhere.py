@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from billing.ledger import balance_msat
 from billing.ledger import worker as worker_account
 from router import worker_views
-from tests.nats_tools import nats_if_any
+from tests.pair_rig import worker_at
 from tests.pull_stand_ins import KoboldCpp
 from tests.reading import CHAT, until
 from tests.router_rig import MODEL, Rig
 from tests.test_http_workers import model_server
-from tests.test_two_routers import running_pair, worker_at
-
-
-@pytest.fixture
-async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Rig]]:
-    async with (
-        nats_if_any(tmp_path) as line,
-        running_pair(tmp_path, database_url, lines=(line, line)) as rigs,
-    ):
-        yield rigs
 
 
 async def post_job(rig: Rig, key: dict[str, str]) -> dict[str, Any]:
