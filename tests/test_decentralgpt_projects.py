@@ -360,30 +360,36 @@ async def test_a_model_that_is_away_loses_its_job_to_another_worker(router: Rig)
         await until_state(router, links["id"], "succeeded")
 
 
+class SlowAddress:
+    """Looks addresses up as the router does, but `slow@…` only after `answered`."""
+
+    def __init__(self, router: Rig) -> None:
+        self.asked, self.answered = asyncio.Event(), asyncio.Event()
+        self._resolve = router.core.addresses.resolve
+
+    async def __call__(self, payee: Any, **more: Any) -> Any:
+        if payee.text.startswith("slow@"):
+            self.asked.set()
+            await self.answered.wait()
+        return await self._resolve(payee, **more)
+
+
 async def test_a_slow_server_of_an_address_holds_up_its_own_project_only(
     router: Rig, monkeypatch: pytest.MonkeyPatch
 ):
     """Looking an address up takes as long as a stranger's name server likes."""
-    asked, answered = asyncio.Event(), asyncio.Event()
-    resolve = router.core.addresses.resolve
-
-    async def slowly(payee: Any, **more: Any) -> Any:
-        if payee.text.startswith("slow@"):
-            asked.set()
-            await answered.wait()
-        return await resolve(payee, **more)
-
+    slowly = SlowAddress(router)
     monkeypatch.setattr(router.core.addresses, "resolve", slowly)
     async with model_server() as model:
         slow = asyncio.create_task(
             register(router, project(model, project="slow", ln_url=f"slow@{router.lnurl_host}"))
         )
-        await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        await asyncio.wait_for(slowly.asked.wait(), PATIENCE_S)
         again = asyncio.create_task(register(router, project(model, project="slow")))
         await registered(router, project(model, project="quick"))
         assert (await unregister(router, name="quick")).json() == OK
         assert not slow.done() and not again.done()
-        answered.set()
+        slowly.answered.set()
         for waits in (slow, again):
             assert (await asyncio.wait_for(waits, PATIENCE_S)).json() == OK
         (row,) = await router.query("select name, ln_url from projects")
@@ -394,15 +400,7 @@ async def test_projects_that_wait_for_one_of_their_owner_let_others_come_back(
     router: Rig, monkeypatch: pytest.MonkeyPatch
 ):
     """Few are let in again at once; one owner with a slow address and many projects is one of them."""
-    asked, answered = asyncio.Event(), asyncio.Event()
-    resolve = router.core.addresses.resolve
-
-    async def slowly(payee: Any, **more: Any) -> Any:
-        if payee.text.startswith("slow@"):
-            asked.set()
-            await answered.wait()
-        return await resolve(payee, **more)
-
+    slowly = SlowAddress(router)
     async with model_server() as model:
         for n in range(BACK_AT_ONCE + 2):
             address = f"slow@{router.lnurl_host}"
@@ -414,12 +412,12 @@ async def test_projects_that_wait_for_one_of_their_owner_let_others_come_back(
         assert not router.core.projects.serving("b", MODEL)
         monkeypatch.setattr(router.core.addresses, "resolve", slowly)
         back = asyncio.create_task(router.core.projects._bring_back())
-        await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        await asyncio.wait_for(slowly.asked.wait(), PATIENCE_S)
         async with asyncio.timeout(PATIENCE_S):
             while not router.core.projects.serving("b", MODEL):
                 await asyncio.sleep(0.02)
         assert not router.core.projects.serving("a0", MODEL)
-        answered.set()
+        slowly.answered.set()
         await asyncio.wait_for(back, PATIENCE_S)
         assert router.core.projects.serving("a0", MODEL)
 
