@@ -32,10 +32,14 @@ INVOICE_EXPIRY_S = 150
 
 @asynccontextmanager
 async def in_the_mood(network: LightningNetwork, mood: str) -> AsyncIterator[None]:
-    """What the workers' node does with what comes."""
+    """What the workers' node does with what comes; a test that fails leaves it nothing to keep."""
     await network.worker.call("set_mood", mood=mood)
     try:
         yield
+    except BaseException:
+        for payment_hash in await network.worker.call("list_held"):
+            await network.worker.resolve(payment_hash, settle=False)
+        raise
     finally:
         await network.worker.call("set_mood", mood="take")
 
