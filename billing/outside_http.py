@@ -30,6 +30,7 @@ import httpx
 
 from billing.errors import BillingError
 from billing.outside_url import BadOutsideUrl, OutsideRules, OutsideUrl, address_allowed
+from billing.public_tls import public_tls
 
 # The addresses of a host, as text. Raises OSError or UnicodeError when it has none.
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -92,7 +93,7 @@ class OutsideHttp:
         self.rules = rules
         self._limits = limits or OutsideLimits()
         self._resolve = resolve or SystemResolver()
-        self._ssl_context = ssl_context or httpx.create_ssl_context(trust_env=False)
+        self._ssl_context = ssl_context or public_tls()
         self._turns: dict[str, _Turns] = {}
 
     async def fetch(

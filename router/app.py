@@ -20,6 +20,7 @@ from billing.invoices import utc_now
 from billing.lightning import LightningBackend, NodeInfo
 from billing.lightning.connect import connect
 from billing.one_network import network_of_books
+from billing.public_tls import public_tls
 from billing.reconciliation import joined_at
 from router import (
     administration,
@@ -91,7 +92,7 @@ def create_app(
             app.state.drain = partial(drain, core)
             if settings.simulated:
                 app.state.simulated_http = httpx.AsyncClient(
-                    base_url=settings.simulated_url or "", trust_env=False
+                    base_url=settings.simulated_url or "", trust_env=False, verify=public_tls()
                 )
             yield
             if settings.simulated:

@@ -25,6 +25,7 @@ from billing.outside_url import (
     address_allowed,
     parse_outside_url,
 )
+from billing.public_tls import public_tls
 from router.sessions import RefusedWorker
 from router.settings import Settings
 
@@ -96,6 +97,7 @@ class Endpoints:
         address = await self._address(url)
         async with httpx.AsyncClient(
             trust_env=False,
+            verify=public_tls(),
             follow_redirects=False,
             timeout=httpx.Timeout(None, connect=CONNECT_S, write=WRITE_S),
         ) as client:

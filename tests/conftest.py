@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
+import httpx
 import pytest
 
 from router.database import Database, migrate
@@ -25,6 +27,16 @@ TEMPLATE = f"satherd_template_{os.getpid()}"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_node: needs a Lightning node of the operator's")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_are_read_once() -> Iterator[None]:
+    """Each of httpx's clients reads the public authorities' certificates, which takes some 30 ms of
+    CPU: more than all the rest that many tests do. They are not changed by anybody."""
+    transports = httpx._transports.default  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", functools.cache(httpx.create_ssl_context))
+        yield
 
 
 @pytest.fixture(scope="session")

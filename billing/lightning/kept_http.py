@@ -20,6 +20,8 @@ from typing import Any, cast
 import httptools
 import httpx
 
+from billing.public_tls import public_tls
+
 log = logging.getLogger(__name__)
 
 # Less than a node keeps an idle connection, so that no request meets a closing one.
@@ -52,8 +54,7 @@ class KeptHttp:
         self._host = parsed.raw_host.decode("ascii")
         self._port = parsed.port or (443 if self._secure else 80)
         self._prefix = parsed.path.rstrip("/")
-        # A certificate store takes tens of milliseconds to read: only where it is needed.
-        self._tls = (tls or httpx.create_ssl_context(trust_env=False)) if self._secure else None
+        self._tls = (tls or public_tls()) if self._secure else None
         self._connect_timeout_s = connect_timeout_s
         self._room = asyncio.Semaphore(most)
         self._idle: list[_Connection] = []

@@ -23,6 +23,7 @@ import httpx
 
 from billing.lightning import BackendAuthError, BackendUnavailable, OutcomeUnknown
 from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
+from billing.public_tls import public_tls
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
@@ -131,7 +132,7 @@ class NodeHttp:
         certificate: Path | None = None,
     ) -> None:
         self._backend = backend
-        tls = trusting(certificate) if certificate else httpx.create_ssl_context(trust_env=False)
+        tls = trusting(certificate) if certificate else public_tls()
         self._calls = KeptHttp(
             url, headers=headers, tls=tls, connect_timeout_s=CONNECT_TIMEOUT_S, most=_CONNECTIONS
         )

@@ -22,6 +22,7 @@ from billing.lightning import BackendRejected, BackendUnavailable, OutcomeUnknow
 from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
 from billing.lightning.simulated.network import ConnectionDropped, Network
 from billing.lightning.simulated.wallets import Refused
+from billing.public_tls import public_tls
 
 NAME = "simulated"
 _CONNECT_TIMEOUT_S = 5.0
@@ -123,7 +124,7 @@ class Http:
     def __init__(self, url: str) -> None:
         timeout = httpx.Timeout(_STREAM_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         self._client = httpx.AsyncClient(
-            base_url=url, timeout=timeout, limits=_LIMITS, trust_env=False
+            base_url=url, timeout=timeout, limits=_LIMITS, trust_env=False, verify=public_tls()
         )
         self._calls = KeptHttp(url, connect_timeout_s=_CONNECT_TIMEOUT_S, most=_CONNECTIONS)
 
