@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import socket
-from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
+from billing.guest_server import GuestServer
 from router.connections import PatientHttp, StraightFrames
 
 # A worker may be deaf for minutes while it loads a model (QB-P21).
@@ -35,7 +34,7 @@ class RouterServer:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = "127.0.0.1" if host in ("0.0.0.0", "") else f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        self._server = _Server(
+        self._server = GuestServer(
             uvicorn.Config(
                 app,
                 # Entered by ourselves: uvicorn logs what goes wrong in it, and ends the process.
@@ -83,27 +82,10 @@ class RouterServer:
             drain = getattr(self.app.state, "drain", None)
             if drain is not None:
                 await drain()
-            self._server.should_exit = True
+            self._server.stop()
             await task
         finally:
             await self._lifespan.__aexit__(None, None, None)
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to the process it runs in, and says when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.listening.set()
 
 
 def spare_collector() -> None:

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from websockets.asyncio.server import Server, ServerConnection, serve
 
+from billing.guest_server import GuestServer
 from worker.protocol import WORKER_FRAME, JobSpec, Registration
 
 PATIENCE_S = 10
@@ -159,15 +160,12 @@ async def http_server(*routes: Route) -> AsyncIterator[str]:
         lifespan="off",
         timeout_graceful_shutdown=1,
     )
-    server = uvicorn.Server(config)
-    # Its own signal handlers would swallow the test runner's.
-    serving = asyncio.create_task(server._serve())  # pyright: ignore[reportPrivateUsage]
+    server = GuestServer(config)
+    serving = asyncio.create_task(server.serve())
     try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not server.started:
-                await asyncio.sleep(0.01)
+        await asyncio.wait_for(server.listening.wait(), PATIENCE_S)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = True
+        server.stop()
         await serving

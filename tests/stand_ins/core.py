@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
+from billing.guest_server import GuestServer
 from billing.lightning.simulated.invoices import InvoiceRecord
 from billing.lightning.simulated.network import ConnectionDropped, Network
 from billing.lightning.simulated.payments import PaymentRecord
@@ -161,7 +162,7 @@ class Served:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = _Server(
+        self._server = GuestServer(
             uvicorn.Config(
                 self._until_stopped,
                 interface="asgi3",
@@ -182,7 +183,7 @@ class Served:
     async def stop(self) -> None:
         assert self._task is not None
         self._core.stopping.set()
-        self._server.should_exit = True
+        self._server.stop()
         await self._task
 
     async def _until_stopped(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,19 +195,3 @@ class Served:
             answering.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await answering
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to the process that it runs in."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import Iterator
 
 import uvicorn
 
+from billing.guest_server import GuestServer
 from billing.lightning.simulated.network import Network
 from billing.lightning.simulated.server import NetworkApp
 
@@ -36,7 +35,7 @@ class NetworkServer:
         bound_port = self._socket.getsockname()[1]
         self.url = f"http://[{host}]:{bound_port}" if ":" in host else f"http://{host}:{bound_port}"
         self._app = NetworkApp(network)
-        self._server = _Server(
+        self._server = GuestServer(
             uvicorn.Config(
                 self._app,
                 lifespan="off",
@@ -67,26 +66,5 @@ class NetworkServer:
             self._socket.close()
             return
         self._app.stop()
-        self._server.stopping.set()
+        self._server.stop()
         await self._serving
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to the process that it runs in."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-        self.stopping = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    async def main_loop(self) -> None:
-        # The one we replace wakes ten times a second, for headers and limits that are off here.
-        await self.stopping.wait()
