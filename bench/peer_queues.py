@@ -30,7 +30,7 @@ from bench.peer_processes import venv_of
 from bench.scene import passable
 from billing import accounts, ledger
 from billing.ledger import Transfer
-from router import job_queue, job_store, job_submits
+from router import job_queue, job_store, job_submits, plain_endings
 from router.database import BatchingWriter, Database, migrate
 from router.embedded_postgres import EmbeddedPostgres
 from router.job_records import Claim, Ending, NewJob, NewQuote, Submission
@@ -130,10 +130,11 @@ def _satherd(behind: int) -> Work:
             {
                 "submit": job_submits.submit_plain,
                 "claim": job_store.claim_many,
-                "end": lambda connection, rows: job_store.end_many(
-                    connection, rows, wipe_after_s=600
+                "end": lambda connection, rows: plain_endings.end_plain(
+                    connection, rows, router_id="r", wipe_after_s=600
                 ),
             },
+            single=["submit", "claim", "end"],
         )
         writer.start()
         try:
@@ -201,7 +202,16 @@ async def _work_off(database: Database, writer: BatchingWriter, account_id: str)
         claims = [Claim(head.job_id, "w", "r", 50_000, lease) for head in found]
         claimed = await writer.write_all("claim", claims)
         ends = [
-            Ending(job.job_id, Event.FINISH, "stop", attempt=1, charge_msat=900, payee="w")
+            Ending(
+                job.job_id,
+                Event.FINISH,
+                "stop",
+                attempt=1,
+                charge_msat=900,
+                payee="w",
+                router_id="r",
+                claimed=job,
+            )
             for job in claimed
         ]
         ended = await writer.write_all("end", ends)

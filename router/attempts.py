@@ -401,6 +401,7 @@ class Attempts:
             tokens=running.worker_tokens,
             had_chunks=running.stream.kept > 0,
             router_id=self._router_id,
+            claimed=running.claimed,
         )
         running.stream.ending_since = time.monotonic()
         await self.end(ending, running, answer)

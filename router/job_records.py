@@ -132,6 +132,7 @@ class Ending:
 
     `charge_msat` is at most what is held; `payee` is the worker's id, None when it is not to be
     paid. `answer_hash` is for its receipt. `outcome`, `blame` and `error` go into the attempt's record.
+    `claimed`: what the attempt was begun with, where that is known; it only makes the ending cheaper.
     """
 
     job_id: str
@@ -150,6 +151,7 @@ class Ending:
     tokens: int | None = None
     had_chunks: bool = False
     router_id: str | None = None
+    claimed: Claimed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,33 +1,21 @@
-"""All SQL that moves jobs and the money held for them: claims, endings, give-backs.
+"""All SQL that brings jobs to workers, and back into the queue: claims, resumptions, give-backs.
 
 Functions named `…_many` are handlers of the batching writer: they take many rows, run a fixed number
 of statements whatever their number, and return one result for each row. Every guard comes from
-`router.job_states`; the transfers of a move are posted in the transaction of the move. Jobs come into
-being in `router.job_submits`.
+`router.job_states`. Jobs come into being in `router.job_submits` and end in `router.job_endings`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from billing import accounts, ledger
-from billing.ledger import Transfer
-from billing.settlement import divide
-from router import choices, job_queue, job_states, webhook_store
-from router.job_records import (
-    Claim,
-    Claimed,
-    Ended,
-    Ending,
-    GiveBack,
-    Resumed,
-)
-from router.job_states import Event, State
+from router import choices, job_queue, job_states
+from router.job_records import Claim, Claimed, Ending, GiveBack, Resumed
+from router.job_states import Event
 
 # Jobs are locked by their ids, whatever their state: for the same reason as in `job_queue`'s look. One
 # that has changed since this statement began is passed over, like one that is locked: it may have been
@@ -73,33 +61,7 @@ _CLAIM = _CLAIM_IF.format(only_if="")
 _CLAIM_FIRST = _CLAIM_IF.format(only_if=_IS_FIRST)
 
 
-_END = """
-with given as (
-    select * from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[],
-        $7::text[], $8::text[], $9::timestamptz[], $10::bytea[], $12::text[], $13::text[],
-        $14::text[], $15::bigint[], $16::text[])
-        t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
-            answer_hash, outcome, blame, error, tokens, router_id)),
-ended as (
-    update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
-        charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,
-        first_token_at = coalesce(t.first_token_at, j.first_token_at),
-        answer_hash = t.answer_hash, wipe_at = now() + make_interval(secs => $11)
-    from given t
-    where j.id = t.id and j.state = any(string_to_array(t.befores, ' '))
-        and (t.attempt is null or j.attempt = t.attempt)
-        and (t.router_id is null or j.router_id = t.router_id or j.state <> 'running')
-    returning j.id, j.state, j.held_msat, j.account_id, j.key_id, j.attempt, j.commission_ppm,
-        j.seq, j.webhook, j.ended_at),
-tried as (
-    update attempts a set ended_at = now(), outcome = t.outcome, blame = t.blame, error = t.error,
-        tokens = t.tokens
-    from ended e join given t on t.id = e.id
-    where a.job_id = e.id and a.n = e.attempt and a.ended_at is null)
-select * from ended"""
-
-
-_END_ATTEMPTS = """
+END_ATTEMPTS = """
 update attempts a set ended_at = now(), outcome = t.outcome, blame = t.blame, error = t.error
 from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[])
     t(job_id, n, outcome, blame, error)
@@ -136,7 +98,7 @@ Row = TypeVar("Row", Claim, Ending, GiveBack)
 Result = TypeVar("Result")
 
 
-async def _in_rounds(
+async def in_rounds(
     rows: Sequence[Row], do: Callable[[list[Row]], Awaitable[Sequence[Result]]]
 ) -> list[Result]:
     """Do something for all rows, in rounds in which no job comes twice.
@@ -157,7 +119,7 @@ async def _in_rounds(
 
 async def claim_many(connection: Any, rows: list[Claim]) -> list[Claimed | None]:
     """Start jobs on workers. None for a job that another claim took, or that waits no more."""
-    return await _in_rounds(rows, partial(_claim_round, connection))
+    return await in_rounds(rows, partial(_claim_round, connection))
 
 
 async def claim_first(connection: Any, row: Claim, lanes: Sequence[str]) -> Claimed | None:
@@ -224,153 +186,9 @@ async def resume_many(
     ]
 
 
-async def end_many(
-    connection: Any, rows: list[Ending], *, wipe_after_s: float
-) -> list[Ended | None]:
-    """End jobs and divide their escrows, once each. None: not in a state for this event.
-
-    Their texts are wiped `wipe_after_s` later.
-    """
-    return await _in_rounds(rows, partial(_end_round, connection, wipe_after_s))
-
-
-async def _end_round(
-    connection: Any, wipe_after_s: float, rows: list[Ending]
-) -> list[Ended | None]:
-    ended = await connection.fetch(
-        _END,
-        [row.job_id for row in rows],
-        [row.attempt for row in rows],
-        [" ".join(job_states.before(row.event)) for row in rows],
-        [job_states.MOVES[row.event][1].value for row in rows],
-        [row.end_reason for row in rows],
-        [row.charge_msat for row in rows],
-        [row.result for row in rows],
-        [row.usage for row in rows],
-        [row.first_token_at for row in rows],
-        [row.answer_hash for row in rows],
-        float(wipe_after_s),
-        [row.outcome or row.end_reason for row in rows],
-        [row.blame for row in rows],
-        [row.error for row in rows],
-        [row.tokens for row in rows],
-        [row.router_id for row in rows],
-    )
-    moved = {r["id"]: r for r in ended}
-    done = [(row, moved.get(row.job_id)) for row in rows]
-    happened = [(row, now) for row, now in done if now is not None]
-    if happened:
-        await _end_late_attempts(connection, happened)
-        await _clear(connection, happened)
-        await ledger.post(connection, [t for row, now in happened for t in _settle(row, now)])
-        await _raise_limits(connection, happened)
-    return [None if now is None else _ended(row, now) for row, now in done]
-
-
-async def expire_unpaid(
-    connection: Any, quote_ids: Sequence[str], *, wipe_after_s: float
-) -> list[str]:
-    """End the jobs of quotes that will not be started any more; returns their ids.
-
-    In the transaction that closes the quotes: nobody would look for these jobs again.
-    """
-    jobs = await connection.fetch(
-        "select id from jobs where quote_id = any($1::text[]) and state = $2 for update",
-        list(quote_ids),
-        State.AWAITING_PAYMENT.value,
-    )
-    endings = [Ending(job["id"], Event.EXPIRE, "quote_expired") for job in jobs]
-    if endings:
-        await end_many(connection, endings, wipe_after_s=wipe_after_s)
-    return [ending.job_id for ending in endings]
-
-
-async def _end_late_attempts(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """End attempts whose claim was committed while an ending that knew of none waited for the job's
-    row: for the statement that ended the job, the row of the attempt was not there yet."""
-    late = [
-        (row, now["attempt"]) for row, now in happened if row.attempt is None and now["attempt"]
-    ]
-    if late:
-        await connection.execute(
-            _END_ATTEMPTS,
-            [row.job_id for row, _ in late],
-            [attempt for _, attempt in late],
-            [row.outcome or row.end_reason for row, _ in late],
-            [row.blame for row, _ in late],
-            [row.error for row, _ in late],
-        )
-
-
-def _ended(row: Ending, now: Any) -> Ended:
-    held_msat = _escrow_msat(now)
-    return Ended(
-        row.job_id,
-        State(now["state"]),
-        held_msat,
-        row.charge_msat,
-        held_msat - row.charge_msat,
-        now["ended_at"],
-    )
-
-
-def _escrow_msat(now: Any) -> int:
-    # A job that was never queued was never paid for: nothing is held, whatever was offered.
-    return now["held_msat"] if now["seq"] is not None else 0
-
-
-def _settle(row: Ending, now: Any) -> list[Transfer]:
-    parts = divide(
-        escrow_msat=_escrow_msat(now),
-        charge_msat=row.charge_msat,
-        commission_ppm=now["commission_ppm"] or 0,
-        payable=row.payee is not None,
-    )
-    to = [
-        (ledger.worker(row.payee or ""), parts.worker_msat, "earned"),
-        (ledger.ROUTER_FEES, parts.router_msat, "commission"),
-        (ledger.payer(now["account_id"]), parts.refund_msat, "refund"),
-    ]
-    escrow = ledger.escrow(row.job_id)
-    return [Transfer(escrow, account, msat, code, row.job_id) for account, msat, code in to]
-
-
-async def _clear(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """Bring what hangs on ended jobs in line: queue, blame, chunks, webhooks."""
-    waited = [row.job_id for row, _ in happened if row.event in (Event.CANCEL, Event.EXPIRE)]
-    if waited:
-        await job_queue.remove(connection, waited)
-    await _shift_blame(connection, [(r.job_id, now["attempt"], r.blame) for r, now in happened])
-    said = [row.job_id for row, _ in happened if row.had_chunks]
-    if said:
-        await connection.execute("delete from job_chunks where job_id = any($1::text[])", said)
-    hooks = [
-        (row.job_id, now["webhook"])
-        for row, now in happened
-        # A job that was never paid for calls nobody: quotes are free, and would be a way to knock.
-        if now["webhook"] and now["seq"] is not None
-    ]
-    if hooks:
-        await webhook_store.add(connection, hooks)
-
-
-async def _raise_limits(connection: Any, happened: list[tuple[Ending, Any]]) -> None:
-    """Give back to keys what their jobs did not cost.
-
-    After the refunds, which lock the accounts of these keys: so do submissions, before they spend.
-    """
-    given_back: dict[str, int] = defaultdict(int)
-    for row, now in happened:
-        refund_msat = _escrow_msat(now) - row.charge_msat
-        if now["key_id"] and refund_msat:
-            given_back[now["key_id"]] += refund_msat
-    for key_id, amount_msat in given_back.items():
-        await accounts.spend(connection, key_id, -amount_msat)
-
-
 async def give_back_many(connection: Any, rows: list[GiveBack]) -> list[bool]:
     """Queue running jobs again. False for one that is not running this attempt any more."""
-    return await _in_rounds(rows, partial(_give_back_round, connection))
+    return await in_rounds(rows, partial(_give_back_round, connection))
 
 
 async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
@@ -396,21 +214,22 @@ async def _give_back_round(connection: Any, rows: list[GiveBack]) -> list[bool]:
             ],
         )
         await connection.execute(
-            _END_ATTEMPTS,
+            END_ATTEMPTS,
             [r.job_id for r in back],
             [r.attempt for r in back],
             [r.outcome for r in back],
             [r.blame for r in back],
             [r.error for r in back],
         )
-        await _shift_blame(connection, [(r.job_id, r.attempt, r.blame) for r in back])
+        await shift_blame(connection, [(r.job_id, r.attempt, r.blame) for r in back])
         await connection.execute(
             "delete from job_chunks where job_id = any($1::text[])", [r.job_id for r in back]
         )
     return [row.job_id in moved for row in rows]
 
 
-async def _shift_blame(connection: Any, ended: Sequence[tuple[str, int, str | None]]) -> None:
+async def shift_blame(connection: Any, ended: Sequence[tuple[str, int, str | None]]) -> None:
+    """Blame jobs for all their attempts, if (job, attempt, blame) says that it was the job."""
     shifted = [job_id for job_id, n, blame in ended if blame == "job" and n > 1]
     if shifted:
         await connection.execute(SHIFT_BLAME, shifted)

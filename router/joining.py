@@ -22,8 +22,10 @@ from billing.payouts import PayoutRunner
 from billing.reconciliation import Reconciler
 from billing.withdrawals import Withdrawals
 from router import (
+    job_endings,
     job_store,
     job_submits,
+    plain_endings,
     worker_views,
 )
 from router.announcing import Announcer
@@ -86,16 +88,20 @@ def join(
     models = Models(fleet)
     hub = StreamHub()
     market = Market(database, models)
-    end_many = partial(job_store.end_many, wipe_after_s=settings.wipe_after_s)
+    end_many = partial(job_endings.end_many, wipe_after_s=settings.wipe_after_s)
+    end_plain = partial(
+        plain_endings.end_plain, router_id=this_router, wipe_after_s=settings.wipe_after_s
+    )
     writer = BatchingWriter(
         database,
         {"submit": job_submits.submit_plain, "submit_bound": job_submits.submit_bound},
         # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
-        {"end": end_many, "give_back": job_store.give_back_many},
+        {"end": end_plain, "give_back": job_store.give_back_many},
         # One of two claims of the same job may be done alone: it is the one that counts. A submission
-        # that is not covered has done nothing.
-        single=["claim", "submit"],
+        # that is not covered has done nothing. An ending that is told again changes nothing, and its
+        # caller looks at how the job has ended.
+        single=["claim", "submit", "end"],
     )
     attempts = Attempts(
         database,

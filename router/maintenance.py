@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from router import charging, demands, door_ids, job_queue, job_store, kept_chunks, workers
+from router import charging, demands, door_ids, job_endings, job_queue, kept_chunks, workers
 from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
@@ -315,7 +315,7 @@ class Maintenance:
                 self._clock() - EXPIRY_GRACE,
                 _BATCH,
             )
-            jobs = await job_store.expire_unpaid(
+            jobs = await job_endings.expire_unpaid(
                 connection,
                 [quote["id"] for quote in quotes],
                 wipe_after_s=self._settings.wipe_after_s,

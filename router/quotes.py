@@ -27,7 +27,7 @@ from billing.invoice_watcher import InvoiceWatcher
 from billing.invoices import Credit, IssuedInvoice, Purpose
 from billing.lightning import LightningBackend
 from billing.msat import ceil_to_sat
-from router import choices, demands, job_store, job_submits
+from router import choices, demands, job_endings, job_submits
 from router.database import Database
 from router.errors import (
     BadRequest,
@@ -526,7 +526,7 @@ class Quotes:
             " where id = $1 and state in ('open', 'expired')",
             quote_id,
         )
-        await job_store.expire_unpaid(
+        await job_endings.expire_unpaid(
             connection, [quote_id], wipe_after_s=self._settings.wipe_after_s
         )
 

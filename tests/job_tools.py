@@ -10,7 +10,7 @@ from typing import Any
 
 from billing import accounts, ledger
 from billing.ledger import Transfer
-from router import job_records, job_store, job_submits
+from router import job_endings, job_records, job_store, job_submits
 from router.job_records import Claim, Claimed, Ending, NewJob, NewQuote, Submission, Submitted
 from router.job_states import Event, State
 
@@ -75,7 +75,7 @@ async def claim(connection: Any, job_id: str, worker_id: str = "w1") -> Claimed 
 
 
 async def end(connection: Any, ending: Ending) -> job_records.Ended | None:
-    (ended,) = await job_store.end_many(connection, [ending], wipe_after_s=600)
+    (ended,) = await job_endings.end_many(connection, [ending], wipe_after_s=600)
     return ended
 
 

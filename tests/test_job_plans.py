@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from router import job_queue, job_store
+from router import job_queue, job_store, plain_endings
 from router.database import Database
 from tests.job_tools import LANE, new_job, payer, submit
 
@@ -20,6 +20,8 @@ ENDED = 3000
 _LOOK: list[Any] = [[LANE], 16, [0], False]
 _TAKE: list[Any] = [["a", "b"], ["w"] * 2, ["r"] * 2, [0] * 2, [datetime.now(UTC)] * 2]
 _TAKE += [["queued"], "running", [None] * 2]
+_END: list[Any] = [["a", "b"], ["{}"] * 2, '[{"attempt": 1}, {"attempt": 1}]', "[]", "r", 600.0]
+_END += ["running", []]
 
 
 def scans(plan: dict[str, Any]) -> Iterator[str]:
@@ -54,8 +56,9 @@ async def one_of_many_waits(connection: Any) -> None:
         (job_queue._HEADS, _LOOK),
         (job_store._CLAIM, _TAKE),
         (job_store._CLAIM_FIRST, [*_TAKE, [LANE]]),
+        (plain_endings._END, _END),
     ],
-    ids=["look", "claim", "claim of the first"],
+    ids=["look", "claim", "claim of the first", "ending"],
 )
 async def test_jobs_are_looked_up_by_their_ids_alone(
     database: Database, statement: str, values: list[Any], kind: str

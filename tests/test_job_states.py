@@ -8,7 +8,7 @@ import pytest
 
 from billing import ledger
 from billing.trial_balance import trial_balance
-from router import job_states, job_store, job_submits
+from router import job_endings, job_states, job_store, job_submits
 from router.database import Database
 from router.errors import QuoteExpired
 from router.job_records import Ending, GiveBack
@@ -126,7 +126,7 @@ async def test_an_ending_said_twice_is_settled_once(database: Database):
         job = await job_in(connection, State.RUNNING, account_id)
         done = Ending(job.id, Event.FINISH, "stop", attempt=1, charge_msat=1000, payee="w1")
         # Both in one batch, and once more after it.
-        first, second = await job_store.end_many(connection, [done, done], wipe_after_s=600)
+        first, second = await job_endings.end_many(connection, [done, done], wipe_after_s=600)
         assert (first is None) != (second is None)
         assert await end(connection, done) is None
         assert await ledger.balance_msat(connection, ledger.worker("w1")) == 950

@@ -11,10 +11,10 @@ import pytest
 
 from billing import accounts, ledger
 from billing.trial_balance import trial_balance
-from router import job_records, job_store, job_submits
+from router import job_endings, job_records, job_store, job_submits, plain_endings
 from router.database import Database
 from router.errors import IdempotencyConflict, NotEnoughBalance
-from router.job_records import Ending, GiveBack, Submission, Submitted
+from router.job_records import Claimed, Ending, GiveBack, Submission, Submitted
 from router.job_states import FINAL, Event, State
 from tests.job_tools import (
     LANE,
@@ -142,7 +142,7 @@ async def test_two_that_move_the_same_jobs_in_another_order_do_not_wait_for_each
         async with database.transaction() as connection:
             if moves == "endings":
                 rows = [Ending(job_id, Event.CANCEL, "cancelled", 1) for job_id in ids]
-                done = await job_store.end_many(connection, rows, wipe_after_s=600)
+                done = await job_endings.end_many(connection, rows, wipe_after_s=600)
             else:
                 backs = [GiveBack(job_id, 1, LANE, "lost", "worker") for job_id in ids]
                 done = await job_store.give_back_many(connection, backs)
@@ -219,10 +219,11 @@ async def test_whatever_happens_in_whatever_order_no_msat_is_lost(database: Data
         payers = [await payer(connection, FUNDS) for _ in range(3)]
         keys = {a: (await accounts.create_key(connection, a, limit_msat=9000))[0] for a in payers}
     jobs: list[str] = []
+    claims: dict[str, Claimed] = {}
     happened: Counter[str] = Counter()
     for _ in range(150):
         async with database.transaction() as connection:
-            done = await _something(connection, dice, payers, keys, jobs)
+            done = await _something(connection, dice, payers, keys, jobs, claims)
             happened.update(done)
     async with database.transaction("repeatable_read") as connection:
         books = await trial_balance(connection)
@@ -232,7 +233,12 @@ async def test_whatever_happens_in_whatever_order_no_msat_is_lost(database: Data
 
 
 async def _something(
-    connection: Any, dice: random.Random, payers: list[str], keys: dict[str, str], jobs: list[str]
+    connection: Any,
+    dice: random.Random,
+    payers: list[str],
+    keys: dict[str, str],
+    jobs: list[str],
+    claims: dict[str, Claimed],
 ) -> list[str]:
     """One turn: new jobs, or an event for some jobs, which may be the wrong one for them."""
     if dice.random() < 0.3 or not jobs:
@@ -255,7 +261,8 @@ async def _something(
         ["claim"] * 4 + ["give_back", "finish", "finish", "fail", "cancel", "expire"]
     )
     if what == "claim":
-        moved = [await claim(connection, job, dice.choice("ab")) is not None for job in some]
+        moved = [await claim(connection, job, dice.choice("ab")) for job in some]
+        claims |= {claimed.job_id: claimed for claimed in moved if claimed is not None}
     elif what == "give_back":
         backs = [GiveBack(job, dice.randint(1, 2), LANE, "lost", "worker") for job in set(some)]
         moved = await job_store.give_back_many(connection, backs)
@@ -270,10 +277,12 @@ async def _something(
                 payee=dice.choice([None, "a", "b"]),
                 result="{}",
                 had_chunks=dice.random() < 0.5,
+                router_id="r1",
+                claimed=claims.get(job),
             )
             for job in some
         ]
-        moved = await job_store.end_many(connection, endings, wipe_after_s=1)
+        moved = await plain_endings.end_plain(connection, endings, router_id="r1", wipe_after_s=1)
     return [what] if any(moved) else []
 
 

@@ -14,9 +14,10 @@ from websockets.exceptions import ConnectionClosed
 
 from billing.invoices import utc_now
 from router import dispatcher, standing
+from router.job_endings import end_many
 from router.job_records import Claim, Ending, GiveBack
 from router.job_states import Event
-from router.job_store import claim_many, end_many
+from router.job_store import claim_many
 from router.kept_chunks import news_of
 from tests import crash_checks
 from tests.router_rig import PATIENCE_S, Rig, ScriptedWorker
