@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import asyncpg
@@ -30,6 +30,8 @@ from bench.figures import Options, Report
 from bench.scene import Scene, passable, scene
 from router.database import Database
 
+Test = Callable[..., Awaitable[None]]
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage() -> AsyncIterator[Scene]:
@@ -37,8 +39,9 @@ async def stage() -> AsyncIterator[Scene]:
         yield made
 
 
-# The scene is started once, and its clients belong to the loop it was started in.
-on_stage = pytest.mark.asyncio(loop_scope="module")
+def on_stage(test: Test) -> Test:
+    """The scene is started once, and its clients belong to the loop it was started in."""
+    return pytest.mark.xdist_group("stage")(pytest.mark.asyncio(loop_scope="module")(test))
 
 
 @on_stage
