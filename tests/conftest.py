@@ -14,6 +14,7 @@ import pytest
 
 from router.database import Database, migrate
 from router.embedded_postgres import throw_away_server
+from tests.memory_folder import memory_folder
 from tests.nats_tools import nats_if_any
 from tests.pair_rig import running_pair
 from tests.regtest.network import LightningNetwork
@@ -39,13 +40,21 @@ def certificates_are_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """pytest's own, but in memory, and gone after the test. The simulated network alone flushes its
+    file at every payment."""
+    with memory_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """The URL of a PostgreSQL server's maintenance database, started for this run."""
     if SERVER:
         yield SERVER
         return
-    with throw_away_server(tmp_path_factory.mktemp("postgres")) as url:
+    with memory_folder() as folder, throw_away_server(folder) as url:
         yield url
 
 
