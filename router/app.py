@@ -136,10 +136,11 @@ def create_app(
         operations,
     )
     for door in doors:
-        app.include_router(door.router)
+        # Not `include_router`: it would make each of the routes anew, at the first request.
+        app.router.routes.extend(door.router.routes)
     docs.describe(app)
     if settings.simulated:
-        app.include_router(simulated.router)
+        app.router.routes.extend(simulated.router.routes)
     app.add_exception_handler(HTTPException, no_such_door)
     return app
 
