@@ -17,7 +17,7 @@ up: $(VENV)/.engine ## run everything on this machine until Ctrl-C
 
 test: $(VENV)/.dev ## lint, types, import contracts, all tests
 	@$(MAKE) --no-print-directory lint
-	SATHERD_TEST_HORDE_SDK=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	PYTHONDONTWRITEBYTECODE= SATHERD_TEST_HORDE_SDK=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

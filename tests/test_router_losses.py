@@ -28,6 +28,9 @@ from tests.nats_tools import NatsServer
 from tests.reading import PATIENCE_S, until
 from tests.router_rig import Rig
 
+# The processes are started once.
+pytestmark = pytest.mark.xdist_group("pair of processes")
+
 ASK: dict[str, Any] = {
     "model": "echo",
     "messages": [{"role": "user", "content": "Say it word by word, and do not lose any of them."}],
