@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from router.bus import Bus
 from router.dispatcher import MOST_ALIKE
 from router.job_records import NewJob
-from router.job_states import State
-from router.job_stream import StreamHub
 from router.workers import Fleet
 
 # What is queued within this time is told together.
@@ -42,12 +40,9 @@ Lanes = tuple[str, ...]
 class Announcer:
     """What is queued here and nobody has claimed yet. `tell_all` says that something waits."""
 
-    def __init__(
-        self, bus: Bus, fleet: Fleet, hub: StreamHub, tell_all: Callable[[], None]
-    ) -> None:
+    def __init__(self, bus: Bus, fleet: Fleet, tell_all: Callable[[], None]) -> None:
         self._bus = bus
         self._fleet = fleet
-        self._hub = hub
         self._tell_all = tell_all
         self._unclaimed: dict[str, Lanes] = {}
         self._queued: deque[tuple[float, str]] = deque()
@@ -69,9 +64,6 @@ class Announcer:
             return
         now = time.monotonic()
         for job in jobs:
-            stream = self._hub.get(job.id)
-            if stream is None or stream.state is not State.QUEUED:
-                continue  # It was claimed before its buyer's turn came.
             self._unclaimed[job.id] = job.lanes
             self._queued.append((now, job.id))
             self._new.append(job.id)

@@ -21,7 +21,7 @@ from typing import Any
 from router.asks import accepts
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads, specs_of, waiting_lanes
-from router.job_records import Claim, Claimed
+from router.job_records import Claim, Claimed, NewJob, Seat
 from router.job_store import claim_first, claim_many
 from router.workers import Fleet, Worker
 
@@ -192,6 +192,8 @@ class Dispatcher:
         self._fresh: list[Sequence[Candidate]] = []
         self._task: asyncio.Task | None = None
         self._looked_at = -math.inf
+        # In which lanes something was left at the last look.
+        self._left: frozenset[str] = frozenset()
         self.paused = False
 
     def wake(self) -> None:
@@ -252,6 +254,8 @@ class Dispatcher:
             floors = floors_of(lanes, idle)
             candidates = await heads(connection, lanes, most=most, floors=floors)
         pairs = match(candidates, self._fleet, self._commission_ppm(), idle)
+        given = {candidate.job_id for candidate, _ in pairs}
+        self._left = frozenset(c.lane for c in candidates if c.job_id not in given)
         if not pairs:
             return False
         results = await self._claim(pairs, self._claim_alone)
@@ -266,19 +270,64 @@ class Dispatcher:
 
     async def _give(self, candidates: Sequence[Candidate]) -> None:
         """Give a fresh job to the worker that `match` would choose for it, if that drains nothing
-        better. What cannot be told by the names of its lanes is left to a look at the queue."""
-        idle = self._fleet.idle(MOST_ALIKE)
-        if (
-            time.monotonic() - self._fleet.demanded_at <= DEMANDED_S
-            or any(worker.floors or worker.offers is not None for worker in idle)
-            or not (pairs := match(candidates, self._fleet, self._commission_ppm(), idle))
-        ):
-            return
-        ((_, worker),) = pairs
-        if len(worker.lanes) <= MOST_FIRST:
+        better."""
+        for candidate, worker in self._match_fresh(candidates):
+            pairs = [(candidate, worker)]
             (result,) = await self._claim(pairs, partial(self._claim_first, worker))
             if isinstance(result, Claimed):
                 self._assign(result, worker)
+
+    def _match_fresh(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Worker]]:
+        """Who would get jobs that nobody has seen in the queue. What cannot be told by the names of
+        their lanes, and what others were seen to wait for, is left to a look at the queue."""
+        idle = self._fleet.idle(MOST_ALIKE)
+        if (
+            self.paused
+            or not idle
+            or time.monotonic() - self._fleet.demanded_at <= DEMANDED_S
+            or any(worker.floors or worker.offers is not None for worker in idle)
+        ):
+            return []
+        return [
+            (candidate, worker)
+            for candidate, worker in match(candidates, self._fleet, self._commission_ppm(), idle)
+            if len(worker.lanes) <= MOST_FIRST and not any(map(worker.drains, self._left))
+        ]
+
+    async def start_bought(
+        self,
+        jobs: Sequence[NewJob],
+        buy: Callable[[Sequence[Seat]], Awaitable[Sequence[Claimed]]],
+    ) -> None:
+        """Let jobs that are being bought start at once, where workers wait for such jobs.
+
+        `buy` writes them in one statement that is a transaction of its own, and returns those that it
+        has started; the seats of the others are free again.
+        """
+        fresh = [
+            Candidate(job.id, job.lane, job.multiplier_milli, 0, frozenset(), job.prefix)
+            for job in jobs
+            # Whoever serves one of several models is charged at its rates.
+            if job.choices is None
+        ]
+        # The dearest choose first; sorting keeps the others in the order in which they came.
+        fresh.sort(key=lambda candidate: -candidate.multiplier_milli)
+        pairs = self._match_fresh(fresh)
+
+        async def claim(claims: list[Claim]) -> Claims:
+            seats = [
+                Seat(claim, worker.lanes) for claim, (_, worker) in zip(claims, pairs, strict=True)
+            ]
+            started = {claimed.job_id: claimed for claimed in await buy(seats)}
+            return [started.get(claim.job_id) for claim in claims]
+
+        results = await self._claim(pairs, claim)
+        for (_, worker), result in zip(pairs, results, strict=True):
+            if isinstance(result, Claimed):
+                self._assign(result, worker)
+        if None in results:
+            # Meanwhile others may have been told that there was no room.
+            self.wake()
 
     def _demanding(self) -> bool:
         """Whether to look for jobs that demand something: while this router has seen one not long

@@ -73,14 +73,6 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """`repeated`: it had been submitted before, as `quote_id`."""
-
-    quote_id: str
-    repeated: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
     """`model`: which one will serve, of a job that has a choice."""
 
@@ -114,6 +106,24 @@ class Claimed:
     started_at: datetime
     choices: str | None = None
     run_limit_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A slot that is kept for a job while it is bought; `drains`: the lanes of that worker."""
+
+    claim: Claim
+    drains: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """`repeated`: it had been submitted before, as `quote_id`. `started`: those of its jobs that have
+    not had to wait, on the workers that had seats for them."""
+
+    quote_id: str
+    repeated: bool
+    started: tuple[Claimed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from router import job_inserts, job_queue, job_states
 from router.errors import IdempotencyConflict, NotEnoughBalance, QuoteExpired
 from router.job_records import (
     NewQuote,
+    Seat,
     Submission,
     Submitted,
 )
@@ -36,10 +37,18 @@ def is_plain(row: Submission) -> bool:
     return row.key_id is None and row.once is None and row.account_id != ledger.CHECKS
 
 
-async def submit_plain(connection: Any, rows: list[Submission]) -> list[Any]:
-    """As `submit_bound` does, for rows that are plain: one statement, where all are covered."""
-    if await job_inserts.add_covered(connection, rows):
-        return [Submitted(row.quote.id, repeated=False) for row in rows]
+async def submit_plain(
+    connection: Any, rows: list[Submission], seats: Sequence[Seat] = ()
+) -> list[Any]:
+    """As `submit_bound` does, for rows that are plain: one statement, where all are covered.
+
+    Jobs that have a seat start with it, unless others go before them.
+    """
+    if added := await job_inserts.add_covered(connection, rows, seats):
+        return [
+            Submitted(row.quote.id, False, job_inserts.claimed_at_once(row, seats, added))
+            for row in rows
+        ]
     async with connection.transaction():
         return await submit_bound(connection, rows)
 

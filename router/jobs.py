@@ -95,8 +95,15 @@ class Jobs:
         if not submitted.repeated:
             log.debug("jobs queued quote=%s jobs=%d", quote.id, len(quote.jobs))
             self._market.touch()
-            self._attempts.on_queued(quote.jobs)
+            # Others were claimed before the turn of their buyer came.
+            waiting = [job for job in quote.jobs if self._waits(job.id)]
+            if waiting:
+                self._attempts.on_queued(waiting)
         return submitted
+
+    def _waits(self, job_id: str) -> bool:
+        stream = self.hub.get(job_id)
+        return stream is not None and stream.state is State.QUEUED
 
     async def submitted(self, once: tuple[str, str], request_hash: bytes) -> str | None:
         """The quote that was submitted before as `once`. Raises IdempotencyConflict."""

@@ -39,7 +39,7 @@ from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
 from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
-from router.job_records import NewJob
+from router.job_records import Claimed, NewJob, Seat, Submission, Submitted
 from router.job_stream import StreamHub
 from router.jobs import Jobs
 from router.key_ring import KeyRing
@@ -94,7 +94,8 @@ def join(
     )
     writer = BatchingWriter(
         database,
-        {"submit": job_submits.submit_plain, "submit_bound": job_submits.submit_bound},
+        {"submit": lambda connection, rows: _submit_plain(core, connection, rows)},
+        {"submit_bound": job_submits.submit_bound},
         # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
         {"end": end_plain, "give_back": job_store.give_back_many},
@@ -256,7 +257,7 @@ def join(
         relay=relay,
         far_jobs=far_jobs,
         far_calls=far_calls,
-        announcer=Announcer(relay.bus, fleet, hub, relay.tell_work),
+        announcer=Announcer(relay.bus, fleet, relay.tell_work),
         presence=presence,
         gate=gate,
         projects=Projects(database, gate, far_calls, alive=presence.alive, router_id=this_router),
@@ -343,6 +344,23 @@ async def _start_at_once(
         core.jobs.queued([candidates[0].job_id for candidates in started])
 
     return tell
+
+
+async def _submit_plain(core: Core, connection: Any, rows: list[Submission]) -> list[Any]:
+    """`job_submits.submit_plain`, with the seats of idle workers."""
+    results: list[Any] = []
+
+    async def buy(seats: Sequence[Seat]) -> list[Claimed]:
+        results[:] = await job_submits.submit_plain(connection, rows, seats)
+        return [
+            claimed
+            for result in results
+            if isinstance(result, Submitted)
+            for claimed in result.started
+        ]
+
+    await core.dispatcher.start_bought([job for row in rows for job in row.quote.jobs], buy)
+    return results
 
 
 def _on_queued(core: Core, jobs: Sequence[NewJob]) -> None:

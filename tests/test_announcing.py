@@ -15,8 +15,6 @@ from router import announcing, dispatcher
 from router.announcing import Announcer
 from router.bus import InProcessBus
 from router.job_records import NewJob
-from router.job_states import State
-from router.job_stream import StreamHub
 from router.workers import FarWorkers, Fleet, Worker
 from tests.nats_tools import nats_if_any
 from tests.pair_rig import running_pair, worker_at
@@ -47,8 +45,8 @@ class Here:
     """An announcer among other routers, each with workers of model `m`."""
 
     def __init__(self, free: dict[str, int], *, own_slots: int = 0) -> None:
-        self.bus, self.fleet, self.hub = Heard(), Fleet(), StreamHub()
-        self.announcer = Announcer(self.bus, self.fleet, self.hub, self.bus.tell_everybody)
+        self.bus, self.fleet = Heard(), Fleet()
+        self.announcer = Announcer(self.bus, self.fleet, self.bus.tell_everybody)
         models = [ServedModel(id="m", kind=ModelKind.TEXT, context_length=2048)]
         for router_id, slots in free.items():
             far = FarWorkers(
@@ -67,8 +65,6 @@ class Here:
             for n in range(jobs)
         ]
         self._made += jobs
-        for job in new:
-            self.hub.open(job.id, State.QUEUED)
         self.announcer.queued(new)
         return [job.id for job in new]
 
@@ -151,13 +147,6 @@ async def test_workers_that_poll_are_no_room_to_be_told_of():
         group.pulls = group.router_id != "r7"
     here.queue(1)
     assert list(await here.told()) == ["r7"]
-
-
-async def test_what_was_claimed_before_its_buyer_s_turn_is_not_told():
-    here = Here(HUNDRED)
-    here.hub.open("0", State.RUNNING)
-    here.queue(1)
-    assert not await here.told()
 
 
 # --- with routers --------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ async def queued(router: Rig, quote_id: str) -> str:
 
 
 async def submit(router: Rig, key: dict[str, str], **changes: Any) -> str:
+    """Buy a job from a balance that waits, although there may be a worker for it."""
+    before, router.core.dispatcher.paused = router.core.dispatcher.paused, True
     made = await router.http.post("/jobs", json=JOB | changes, headers=key)
+    router.core.dispatcher.paused = before
     assert made.status_code == 202, made.text
     return made.json()["jobs"][0]["id"]
 
