@@ -57,7 +57,8 @@ added as (
         where k.job_id = t.id and not exists (
             select 1 from waiting w where w.set = k.set and w.milli >= t.multiplier_milli)) s on true
     cross join lateral (select
-        case when $9 = 'queued' then nextval('queue_seq') end as seq,
+        -- Of its row, or it would be taken once for all rows.
+        case when $9 = 'queued' and t.n > 0 then nextval('queue_seq') end as seq,
         case when $9 = 'queued' then now() end as queued_at) n
     order by t.n
     returning id, state, multiplier_milli, seq, worker_id, router_id, started_at),

@@ -63,8 +63,9 @@ async def test_jobs_get_their_places_in_the_order_in_which_they_came(database: D
         account_id = await payer(connection)
         quotes = [new_quote() for _ in range(20)]
         await job_submits.submit_plain(connection, [Submission(q, account_id) for q in quotes])
-        rows = await connection.fetch("select quote_id from jobs order by seq")
+        rows = await connection.fetch("select quote_id, seq from jobs order by seq")
     assert [row["quote_id"] for row in rows] == [quote.id for quote in quotes]
+    assert len({row["seq"] for row in rows}) == len(quotes)
 
 
 async def test_where_one_payer_is_short_the_others_are_served_nevertheless(database: Database):

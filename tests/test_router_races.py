@@ -585,8 +585,13 @@ async def test_claims_that_fail_together_are_made_one_by_one(
 
     monkeypatch.setattr(dispatcher, "claim_many", fail)
     async with router.worker(slots=2) as worker:
+        router.core.dispatcher.paused = True
         key = await router.bearer()
         asked = [ask(router, key), ask(router, key, user="another")]
+        while len(await router.query("select from queue")) < len(asked):
+            await asyncio.sleep(0.02)
+        router.core.dispatcher.paused = False
+        router.core.dispatcher.wake()
         for _ in asked:
             await worker.serve()
         assert {reply.status_code for reply in await asyncio.gather(*asked)} == {200}
