@@ -4,7 +4,7 @@ One task wakes when a job is queued or a slot becomes free, and once a second in
 queued something. It looks at the heads of the lanes that idle workers drain, matches them in memory,
 and claims all matches in one batch; a claim that another router won is simply looked for again. One
 job that was paid for just now is claimed without that look, if it is the first of all that its worker
-drains: the claim finds that out.
+drains: the claim finds that out. One that is paid from a balance starts as it is bought (`start_bought`).
 """
 
 from __future__ import annotations
