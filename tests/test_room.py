@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from router.dear_memory import DearMemory
-from router.dispatcher import match
 from router.lanes import Edges
+from router.matching import match
 from router.workers import Fleet, Worker
-from tests.test_dispatcher import EDGES, LONG, SHORT, names, waiting, worker
+from tests.test_matching import EDGES, LONG, SHORT, names, waiting, worker
 
 MANY = 300
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from router.dispatcher import match
 from router.job_queue import Candidate
 from router.lanes import Edges, lane
+from router.matching import match
 from router.standing import Standing
 from router.workers import Fleet, Worker
 from worker.protocol import ModelKind, ServedModel
