@@ -22,6 +22,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy.exc import DBAPIError
 
+from router.kept_connections import KeptConnections
+
 log = logging.getLogger(__name__)
 
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
@@ -120,6 +122,7 @@ class Database:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self.pool = pool
+        self._connections = KeptConnections(pool)
 
     @classmethod
     async def open(cls, url: str, *, size: int = 10) -> Database:
@@ -135,9 +138,14 @@ class Database:
         )
         return cls(pool)
 
+    @property
+    def idle(self) -> int:
+        """How many connections are open and not used."""
+        return self._connections.idle
+
     async def close(self) -> None:
         try:
-            await asyncio.wait_for(self.pool.close(), 10)
+            await asyncio.wait_for(self._connections.close(), 10)
         except TimeoutError:
             self.pool.terminate()
 
@@ -147,11 +155,15 @@ class Database:
 
         It is ConnectionBroke from the moment on at which there is a connection.
         """
-        reached = False
+        reached = well = False
         try:
-            async with self.pool.acquire(timeout=10) as connection:
-                reached = True
+            connection = await self._connections.take(timeout_s=10)
+            reached = True
+            try:
                 yield connection
+                well = True
+            finally:
+                await self._connections.give_back(connection, well=well)
         except _GONE as error:
             kind = ConnectionBroke if reached else DatabaseUnavailable
             raise kind(str(error)) from error

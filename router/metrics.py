@@ -196,10 +196,10 @@ def _work(core: Core) -> Iterator[Metric]:
 
 
 def _process(core: Core) -> Iterator[Metric]:
-    pool = core.database.pool
+    pool, idle = core.database.pool, core.database.idle
     connections = {
-        "idle": pool.get_idle_size(),
-        "used": pool.get_size() - pool.get_idle_size(),
+        "idle": idle,
+        "used": pool.get_size() - idle,
         "most": pool.get_max_size(),
     }
     yield _by("database_connections", "Connections of the pool.", "state", connections)

@@ -1,0 +1,78 @@
+"""Connections to PostgreSQL that are at hand: taking one out of asyncpg's pool and giving it back costs
+a process three times what asking something costs (docs/performance.md).
+
+So those that were just used stay out of the pool, and the last used is the next to be used. Who finds
+none takes one from the pool, and waits there if all are in use; then what comes back goes to the pool.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import asyncpg
+
+# As long as the pool leaves a connection open that nobody uses.
+IDLE_S = 300.0
+
+
+class KeptConnections:
+    """A pool, and what is out of it and idle. At least one connection is left to the pool itself."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self.pool = pool
+        # (when it was last used, connection), the latest at the end.
+        self._kept: list[tuple[float, Any]] = []
+        self._most = pool.get_max_size() - 1
+        self._waiting = 0
+        self._closing = False
+
+    @property
+    def idle(self) -> int:
+        """Open connections that nobody uses."""
+        return self.pool.get_idle_size() + len(self._kept)
+
+    async def take(self, *, timeout_s: float) -> Any:
+        """A connection, to be given back. Raises what asyncpg raises, and TimeoutError."""
+        while self._kept:
+            used_at, connection = self._kept.pop()
+            if time.monotonic() - used_at < IDLE_S and _is_open(connection):
+                return connection
+            await self._end(connection)
+        self._waiting += 1
+        try:
+            return await self.pool.acquire(timeout=timeout_s)
+        finally:
+            self._waiting -= 1
+
+    async def give_back(self, connection: Any, *, well: bool) -> None:
+        """`well`: whoever used it came to the end, so that nothing is under way on it."""
+        now = time.monotonic()
+        wanted = not (self._closing or self._waiting or len(self._kept) >= self._most)
+        if well and wanted and _is_open(connection) and not connection.is_in_transaction():
+            self._kept.append((now, connection))
+        else:
+            await self.pool.release(connection)
+        if self._kept and now - self._kept[0][0] > IDLE_S:
+            await self._end(self._kept.pop(0)[1])
+
+    async def close(self) -> None:
+        """Close all connections, once those that are in use have come back."""
+        self._closing = True
+        while self._kept:
+            await self.pool.release(self._kept.pop()[1])
+        await self.pool.close()
+
+    async def _end(self, connection: Any) -> None:
+        if _is_open(connection):
+            connection.terminate()
+        # Harmless for one that the pool has taken back already, since it was closed.
+        await self.pool.release(connection)
+
+
+def _is_open(connection: Any) -> bool:
+    try:
+        return not connection.is_closed()
+    except asyncpg.InterfaceError:
+        # The pool has taken it back: it was closed.
+        return False
