@@ -118,15 +118,14 @@ async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Ri
 
 
 @pytest.fixture(scope="session")
-def lightning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightningNetwork]:
+def lightning() -> Iterator[LightningNetwork]:
     """A real Lightning network; its nodes write no files, and so are fast and must not be killed."""
-    with running_network(tmp_path_factory.mktemp("lightning")) as network:
+    with memory_folder() as folder, running_network(folder) as network:
         yield network
 
 
 @pytest.fixture(scope="session")
-def lightning_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightningNetwork]:
+def lightning_on_disk() -> Iterator[LightningNetwork]:
     """Another, of which the router's node may be killed."""
-    folder = tmp_path_factory.mktemp("lightning-on-disk")
-    with running_network(folder, files=["router"]) as network:
+    with memory_folder() as folder, running_network(folder, files=["router"]) as network:
         yield network

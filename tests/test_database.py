@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from router.database import (
     patiently,
 )
 from router.embedded_postgres import EmbeddedPostgres
+from tests.memory_folder import memory_folder
 
 PATIENCE_S = 15.0
 
@@ -216,8 +217,9 @@ async def test_of_two_transactions_that_wait_for_each_other_both_are_done(databa
 
 
 @pytest.fixture(scope="module")
-def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mortal")
+def server_folder() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

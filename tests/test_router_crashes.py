@@ -30,6 +30,7 @@ from router.embedded_postgres import EmbeddedPostgres
 from tests import crash_story
 from tests.conftest import url_of
 from tests.crash_rig import Part, free_port, network_part, router_part
+from tests.memory_folder import memory_folder
 from tests.nats_tools import nats_command
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker, running_rig
@@ -146,19 +147,24 @@ def mortal_url(postgres_url: str, template: str) -> Iterator[str]:
         await connection.close()
 
     name = f"satherd_mortal_{os.getpid()}"
-    asyncio.run(run(f"create database {name} template {template}"))
+    asyncio.run(run(f"create database {name} template {template} strategy file_copy"))
     yield url_of(postgres_url, name)
     asyncio.run(run(f"drop database {name} with (force)"))
 
 
 @pytest.fixture(scope="module")
-def mortal_part(mortal_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortal]:
+def mortal_folder() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def mortal_part(mortal_url: str, mortal_folder: Path) -> Iterator[Mortal]:
     """A router and a network, which every start goes on from."""
-    folder = tmp_path_factory.mktemp("mortal")
     network_port, port = free_port(), free_port()
     network_url = f"http://127.0.0.1:{network_port}"
-    network = network_part(folder, network_port)
-    part = router_part(folder, port=port, network_url=network_url, database_url=mortal_url)
+    network = network_part(mortal_folder, network_port)
+    part = router_part(mortal_folder, port=port, network_url=network_url, database_url=mortal_url)
 
     async def start() -> None:
         await network.start()

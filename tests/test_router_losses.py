@@ -24,6 +24,7 @@ from router import presence
 from router.database import DatabaseUnavailable
 from tests.conftest import url_of
 from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
+from tests.memory_folder import memory_folder
 from tests.nats_tools import NatsServer
 from tests.reading import PATIENCE_S, until
 from tests.router_rig import Rig
@@ -144,19 +145,18 @@ async def _serves(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pair_of_processes(
-    postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
+def pair_of_processes(postgres_url: str, template: str) -> Iterator[Pair]:
     async def run(statement: str) -> None:
         connection = await asyncpg.connect(postgres_url)
         await connection.execute(statement)
         await connection.close()
 
     name = f"satherd_pair_{os.getpid()}"
-    pair = Pair(tmp_path_factory.mktemp("pair"), url_of(postgres_url, name))
-    asyncio.run(run(f"create database {name} template {template}"))
-    yield pair
-    asyncio.run(pair.stop())
+    with memory_folder() as folder:
+        pair = Pair(folder, url_of(postgres_url, name))
+        asyncio.run(run(f"create database {name} template {template} strategy file_copy"))
+        yield pair
+        asyncio.run(pair.stop())
     asyncio.run(run(f"drop database {name} with (force)"))
 
 
