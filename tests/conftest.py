@@ -117,10 +117,31 @@ async def pair(tmp_path: Path, database_url: str) -> AsyncIterator[tuple[Rig, Ri
         yield rigs
 
 
+_networks: list[LightningNetwork] = []
+
+
+def _on_lightning(item: pytest.Item) -> bool:
+    return not {"lightning", "lightning_on_disk"}.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what needs a Lightning network, so that there comes a time when nothing does."""
+    items.sort(key=lambda item: not _on_lightning(item))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """End the Lightning networks after their last test: idle, they take a quarter of a core."""
+    if nextitem is not None and not _on_lightning(nextitem):
+        while _networks:
+            _networks.pop().stop()
+
+
 @pytest.fixture(scope="session")
 def lightning() -> Iterator[LightningNetwork]:
     """A real Lightning network; its nodes write no files, and so are fast and must not be killed."""
     with memory_folder() as folder, running_network(folder) as network:
+        _networks.append(network)
         yield network
 
 
@@ -128,4 +149,5 @@ def lightning() -> Iterator[LightningNetwork]:
 def lightning_on_disk() -> Iterator[LightningNetwork]:
     """Another, of which the router's node may be killed."""
     with memory_folder() as folder, running_network(folder, files=["router"]) as network:
+        _networks.append(network)
         yield network
