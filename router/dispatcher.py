@@ -2,9 +2,9 @@
 
 One task wakes when a job is queued or a slot becomes free, and once a second in case another router
 queued something. It looks at the heads of the lanes that idle workers drain, matches them in memory,
-and claims all matches in one batch; a claim that another router won is simply looked for again. One
-job that was paid for just now is claimed without that look, if it is the first of all that its worker
-drains: the claim finds that out. One that is paid from a balance starts as it is bought.
+and claims all matches in one batch; a claim that another router won is simply looked for again. Jobs
+that are paid for at this router while a worker waits for such jobs start as they are bought, without a
+look, if they are the first of all that their workers drain: the statement that buys them finds out.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
 from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads, specs_of, waiting_lanes
-from router.job_records import Claim, Claimed, NewJob, Seat
-from router.job_store import claim_first, claim_many
+from router.job_records import Bought, Buy, Claim, Claimed, Seat
+from router.job_store import claim_many
 from router.matching import able_to, match, may_take
 from router.workers import Fleet, Worker
 
@@ -38,7 +37,7 @@ MOST_ALIKE = 64
 # Lanes that are looked into one by one. A worker may list hundreds of models and drain a thousand lanes
 # with each: of more than this, only those are looked into in which something waits.
 MOST_PROBES = 2_000
-# Of more lanes than these no single job is asked to be the first.
+# Of more lanes than these no job is asked to be the first.
 MOST_FIRST = 512
 # For so long after a job that demands something, each dispatch looks for such jobs.
 DEMANDED_S = 60.0
@@ -95,7 +94,6 @@ class Dispatcher:
         self._commission_ppm = commission_ppm
         self._clock = clock
         self._awake = asyncio.Event()
-        self._fresh: list[Sequence[Candidate]] = []
         self._task: asyncio.Task | None = None
         self._looked_at = -math.inf
         # In which lanes something was left at the last look.
@@ -105,11 +103,6 @@ class Dispatcher:
     def wake(self) -> None:
         """There may be something to do."""
         self._awake.set()
-
-    def offer(self, candidates: Sequence[Candidate]) -> None:
-        """A job has just been queued: as it stands in each of its lanes."""
-        self._fresh.append(candidates)
-        self.wake()
 
     @property
     def alive(self) -> bool:
@@ -131,10 +124,7 @@ class Dispatcher:
             if time.monotonic() - looked_at >= POLL_S:
                 looked_at = time.monotonic()
                 self._fleet.look_for_room()
-            fresh, self._fresh = self._fresh, []
             try:
-                if len(fresh) == 1 and not self.paused:
-                    await self._give(fresh[0])
                 while not self.paused and await self.dispatch_once():
                     pass
             except DatabaseUnavailable as error:
@@ -174,15 +164,6 @@ class Dispatcher:
         # Whoever lost all races looks again at once: the queue is not empty, only contested.
         return any(results) or len(candidates) >= most
 
-    async def _give(self, candidates: Sequence[Candidate]) -> None:
-        """Give a fresh job to the worker that `match` would choose for it, if that drains nothing
-        better."""
-        for candidate, worker in self._match_fresh(candidates):
-            pairs = [(candidate, worker)]
-            (result,) = await self._claim(pairs, partial(self._claim_first, worker))
-            if isinstance(result, Claimed):
-                self._assign(result, worker)
-
     def _match_fresh(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Worker]]:
         """Who would get jobs that nobody has seen in the queue. What cannot be told by the names of
         their lanes, and what others were seen to wait for, is left to a look at the queue."""
@@ -202,17 +183,18 @@ class Dispatcher:
 
     async def start_bought(
         self,
-        jobs: Sequence[NewJob],
-        buy: Callable[[Sequence[Seat]], Awaitable[Sequence[Claimed]]],
+        jobs: Sequence[tuple[Bought, Sequence[str]]],
+        buy: Buy,
     ) -> None:
-        """Let jobs that are being bought start at once, where workers wait for such jobs.
+        """Let jobs that are being bought, and would wait in these lanes, start at once where workers
+        wait for such jobs.
 
         `buy` writes them in one statement that is a transaction of its own, and returns those that it
         has started; the seats of the others are free again.
         """
         fresh = [
-            Candidate(job.id, job.lane, job.multiplier_milli, 0, frozenset(), job.prefix)
-            for job in jobs
+            Candidate(job.id, lanes[0], job.multiplier_milli, 0, frozenset(), job.prefix)
+            for job, lanes in jobs
             # Whoever serves one of several models is charged at its rates.
             if job.choices is None
         ]
@@ -307,11 +289,6 @@ class Dispatcher:
 
     async def _claim_with_others(self, claims: list[Claim]) -> Claims:
         return await self._writer.write_all("claim", claims)
-
-    async def _claim_first(self, worker: Worker, claims: list[Claim]) -> Claims:
-        (claim,) = claims
-        async with self._database.connection() as connection:
-            return [await claim_first(connection, claim, sorted(worker.lanes))]
 
     async def _claim_alone(self, claims: list[Claim]) -> Claims:
         """All matches of one look are one statement, which needs no transaction around it: that saves

@@ -10,6 +10,7 @@ from typing import Any
 
 from billing import ledger
 from billing.ledger import Transfer
+from billing.sql import one_plan
 from router.job_records import Claim, Claimed, NewJob, Seat, Submission
 from router.job_states import State
 
@@ -98,8 +99,10 @@ lowered as (
     from locked l where b.account = l.account and (select all_of_them from covered)),
 """
 
-_ADD = _ADD_IF.format(before="", only_if="")
-_ADD_COVERED = _ADD_IF.format(before=_HOLD, only_if="\n    where (select all_of_them from covered)")
+_ADD = one_plan(_ADD_IF.format(before="", only_if=""))
+_ADD_COVERED = one_plan(
+    _ADD_IF.format(before=_HOLD, only_if="\n    where (select all_of_them from covered)")
+)
 
 
 async def add(connection: Any, rows: list[Submission], state: State) -> None:
@@ -173,10 +176,6 @@ def _claimed(row: Submission, job: NewJob, claim: Claim, at: datetime) -> Claime
 def _columns(rows: list[Submission], state: State, seats: Sequence[Seat]) -> list[Any]:
     pairs = [(row, job) for row in rows for job in row.quote.jobs]
     places = [(job.id, lane) for _, job in pairs for lane in job.lanes]
-    drained = {seat.drains: number for number, seat in enumerate(seats)}
-    probes = [(number, lane) for lanes, number in drained.items() for lane in lanes]
-    # All seats are of one router and of one moment.
-    first = seats[0].claim if seats else None
     return [
         [row.quote.id for row in rows],
         [row.account_id for row in rows],
@@ -205,6 +204,17 @@ def _columns(rows: list[Submission], state: State, seats: Sequence[Seat]) -> lis
         [job.run_limit_s for _, job in pairs],
         [job_id for job_id, _ in places],
         [lane for _, lane in places],
+        *seat_columns(seats),
+    ]
+
+
+def seat_columns(seats: Sequence[Seat]) -> list[Any]:
+    """Seats as a statement takes them: job, worker, number of a set of lanes for each; what all have
+    in common, since they are of one router and one moment; and the lanes of the sets, by number."""
+    drained = {seat.drains: number for number, seat in enumerate(seats)}
+    probes = [(number, lane) for lanes, number in drained.items() for lane in lanes]
+    first = seats[0].claim if seats else None
+    return [
         [seat.claim.job_id for seat in seats],
         [seat.claim.worker_id for seat in seats],
         [drained[seat.drains] for seat in seats],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 from router.job_states import Event, State
 
@@ -114,6 +116,23 @@ class Seat:
 
     claim: Claim
     drains: frozenset[str]
+
+
+class Bought(Protocol):
+    """What is looked at of a job that is being bought."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def multiplier_milli(self) -> int: ...
+    @property
+    def choices(self) -> str | None: ...
+    @property
+    def prefix(self) -> int | None: ...
+
+
+Buy = Callable[[Sequence[Seat]], Awaitable[Sequence[Claimed]]]
+StartBought = Callable[[Sequence[tuple[Bought, Sequence[str]]], Buy], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

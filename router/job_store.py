@@ -21,13 +21,13 @@ from router.job_states import Event
 # that has changed since this statement began is passed over, like one that is locked: it may have been
 # given back meanwhile, and the places that it then has in the queue could not be seen here, and would
 # stay there for ever.
-_CLAIM_IF = """
+_CLAIM = """
 with given as (
     select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
         $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
 free as (
     select id, state from jobs j
-    where id = any($1::text[]) and xmin = (select xmin from jobs seen where seen.id = j.id){only_if}
+    where id = any($1::text[]) and xmin = (select xmin from jobs seen where seen.id = j.id)
     for update skip locked),
 claimed as (
     update jobs j set state = $7, attempt = j.attempt + 1, worker_id = g.worker_id,
@@ -46,19 +46,6 @@ select id as job_id, attempt, worker_id, quote_id, account_id, kind, model, spec
     prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at,
     choices, run_limit_s
 from claimed"""
-
-
-# Nothing that waits in these lanes goes before the job.
-_IS_FIRST = """
-        and not exists (
-            select 1 from unnest($9::text[]) l(lane) cross join lateral (
-                select multiplier_milli, seq from queue where queue.lane = l.lane
-                order by multiplier_milli desc, seq limit 1) q
-            where q.multiplier_milli > j.multiplier_milli
-                or q.multiplier_milli = j.multiplier_milli and q.seq < j.seq)"""
-
-_CLAIM = _CLAIM_IF.format(only_if="")
-_CLAIM_FIRST = _CLAIM_IF.format(only_if=_IS_FIRST)
 
 
 END_ATTEMPTS = """
@@ -122,17 +109,9 @@ async def claim_many(connection: Any, rows: list[Claim]) -> list[Claimed | None]
     return await in_rounds(rows, partial(_claim_round, connection))
 
 
-async def claim_first(connection: Any, row: Claim, lanes: Sequence[str]) -> Claimed | None:
-    """Start a job as `claim_many` does, if it is the first of all that wait in these lanes."""
-    (claimed,) = await _claim_round(connection, [row], lanes)
-    return claimed
-
-
-async def _claim_round(
-    connection: Any, rows: list[Claim], first_of: Sequence[str] | None = None
-) -> list[Claimed | None]:
+async def _claim_round(connection: Any, rows: list[Claim]) -> list[Claimed | None]:
     claimed = await connection.fetch(
-        _CLAIM if first_of is None else _CLAIM_FIRST,
+        _CLAIM,
         [row.job_id for row in rows],
         [row.worker_id for row in rows],
         [row.router_id for row in rows],
@@ -141,7 +120,6 @@ async def _claim_round(
         job_states.before(Event.CLAIM),
         job_states.MOVES[Event.CLAIM][1].value,
         [row.model for row in rows],
-        *(() if first_of is None else (list(first_of),)),
     )
     by_id = {r["job_id"]: _claimed(r) for r in claimed}
     return [by_id.get(row.job_id) for row in rows]

@@ -163,15 +163,16 @@ class Jobs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def queued(self, job_ids: Sequence[str]) -> None:
-        """An invoice was paid and its jobs queued: tell their readers and the dispatcher."""
+    def paid(self, job_ids: Sequence[str], *, any_waits: bool = True) -> None:
+        """An invoice was paid, its jobs wait or have started: tell their readers and the dispatcher."""
         for job_id in job_ids:
             stream = self.hub.get(job_id)
             if stream is not None and stream.state is State.AWAITING_PAYMENT:
                 stream.restart(State.QUEUED, 0)
         self._market.touch()
         self._relay.tell_paid(job_ids)
-        self._attempts.on_work()
+        if any_waits:
+            self._attempts.on_work()
 
     def found(self, row: Any) -> None:
         """A job was found alive and will be read here: of one that runs elsewhere we ask there."""

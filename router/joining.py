@@ -166,7 +166,7 @@ def join(
         max_wait_s=settings.max_wait_s,
         outside=outside,
     )
-    paid = PaidQuotes(database, models)
+    paid = PaidQuotes(database, models, lambda jobs, buy: core.dispatcher.start_bought(jobs, buy))
     quotes = Quotes(
         database, settings, models, backend, watcher, paid, network=node.network, clock=clock
     )
@@ -337,13 +337,7 @@ async def _start_at_once(
     started = await paid.start(receipt)
     if started is None:
         return None
-
-    def tell() -> None:
-        for candidates in started:
-            core.dispatcher.offer(candidates)
-        core.jobs.queued([candidates[0].job_id for candidates in started])
-
-    return tell
+    return partial(core.jobs.paid, started.job_ids, any_waits=started.waits)
 
 
 async def _submit_plain(core: Core, connection: Any, rows: list[Submission]) -> list[Any]:
@@ -359,7 +353,9 @@ async def _submit_plain(core: Core, connection: Any, rows: list[Submission]) -> 
             for claimed in result.started
         ]
 
-    await core.dispatcher.start_bought([job for row in rows for job in row.quote.jobs], buy)
+    await core.dispatcher.start_bought(
+        [(job, job.lanes) for row in rows for job in row.quote.jobs], buy
+    )
     return results
 
 
@@ -374,7 +370,7 @@ async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[]
     match credit.purpose:
         case Purpose.QUOTE:
             jobs_queued = await core.quotes.on_credit(connection, credit)
-            return partial(core.jobs.queued, jobs_queued)
+            return partial(core.jobs.paid, jobs_queued)
         case Purpose.BUMP:
             job_id, _, offer_msat = credit.reference.partition(":")
             await core.jobs.bump_in(connection, job_id, int(offer_msat))

@@ -55,10 +55,9 @@ async def one_of_many_waits(connection: Any) -> None:
     [
         (job_queue._HEADS, _LOOK),
         (job_store._CLAIM, _TAKE),
-        (job_store._CLAIM_FIRST, [*_TAKE, [LANE]]),
         (plain_endings._END, _END),
     ],
-    ids=["look", "claim", "claim of the first", "ending"],
+    ids=["look", "claim", "ending"],
 )
 async def test_jobs_are_looked_up_by_their_ids_alone(
     database: Database, statement: str, values: list[Any], kind: str

@@ -150,7 +150,7 @@ async def test_seats_are_kept_while_a_job_is_bought_and_free_again_where_it_has_
     async with router.worker(slots=3):
         buyers = Buyers(router)
         jobs = [new_job(lane=await lane_of(router)) for _ in range(2)]
-        await router.core.dispatcher.start_bought(jobs, buyers.buy)
+        await router.core.dispatcher.start_bought([(j, j.lanes) for j in jobs], buyers.buy)
         assert [s.claim.job_id for s in buyers.kept] == [job.id for job in jobs]
         assert buyers.free == [1]
         assert [worker.free_slots for worker in router.core.fleet.all()] == [3]
@@ -165,7 +165,7 @@ async def test_what_fails_to_be_bought_keeps_no_seat(router: Rig):
 
         job = new_job(lane=await lane_of(router))
         with pytest.raises(RuntimeError):
-            await router.core.dispatcher.start_bought([job], fail)
+            await router.core.dispatcher.start_bought([(job, job.lanes)], fail)
         assert [worker.free_slots for worker in router.core.fleet.all()] == [1]
 
 
@@ -174,7 +174,7 @@ async def test_of_those_bought_together_the_dearest_gets_the_seat_and_then_the_f
         lane = await lane_of(router)
         jobs = [new_job(lane=lane, multiplier_milli=m) for m in (1000, 1500, 1500, 2000)]
         buyers = Buyers(router)
-        await router.core.dispatcher.start_bought(jobs, buyers.buy)
+        await router.core.dispatcher.start_bought([(j, j.lanes) for j in jobs], buyers.buy)
         assert [s.claim.job_id for s in buyers.kept] == [jobs[3].id, jobs[1].id]
 
 
@@ -188,7 +188,7 @@ async def test_nobody_keeps_a_seat_for_what_the_lanes_cannot_tell(router: Rig, w
         if why == "demanded":
             router.core.fleet.demanded_at = asyncio.get_running_loop().time()
         buyers = Buyers(router)
-        await router.core.dispatcher.start_bought([job], buyers.buy)
+        await router.core.dispatcher.start_bought([(job, job.lanes)], buyers.buy)
         assert buyers.kept == []
 
 

@@ -185,7 +185,7 @@ async def _start_quote(core: Core, request: Request, quote_id: Any) -> Response:
         await core.quotes.start_from_balance(quote_id, payer.account_id, None)
     rows = await core.jobs.of_quote(quote_id)
     ids = tuple(row["id"] for row in rows)
-    core.jobs.queued(ids)
+    core.jobs.paid(ids)
     return _accepted(core, quote_id, ids)
 
 
