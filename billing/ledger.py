@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from billing.errors import InsufficientFunds
+from billing.sql import one_plan
 
 LIGHTNING = "assets:lightning"
 SENDING = "liabilities:payouts_sending"
@@ -95,7 +96,7 @@ class Entry:
 # Of transfers that were posted before nothing moves again. An escrow lives as long as its job: its row
 # goes when it is empty, its transfers stay. Whoever lowers a balance holds its row, so that what is
 # read here is what is changed; rows are raised in name order, as they are locked.
-_POST = """
+_POST = one_plan("""
 with posted as (
     insert into ledger_transfers (id, debit, credit, amount_msat, code, reference)
     select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[])
@@ -122,11 +123,11 @@ lowered as (
     from lower l where b.account = l.account and not l.empties and l.held_msat >= l.msat)
 select id, null as short, null::bigint as msat, null::bigint as held_msat from posted
 union all
-select null, account, msat, held_msat from lower where held_msat < msat"""
+select null, account, msat, held_msat from lower where held_msat < msat""")
 
-_LOCK = """
+_LOCK = one_plan("""
 select account, balance_msat from ledger_balances where account = any($1::text[])
-order by account for update"""
+order by account for update""")
 
 
 async def post(connection: Any, transfers: Sequence[Transfer], *, locked: bool = False) -> set[str]:

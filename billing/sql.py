@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_ARRAY = re.compile(r"\$\d+::\w+\[\]")
+_ARRAY = re.compile(r"\$\d+::(\w+\[\])")
 
 
 def one_plan(statement: str) -> str:
@@ -14,4 +14,5 @@ def one_plan(statement: str) -> str:
     rows, then seems too dear for one, and it makes a plan of its own for each run, which for our long
     statements takes as long as running them. What comes out of a subquery it does not see beforehand.
     """
-    return _ARRAY.sub(r"(select \g<0>)", statement)
+    # With a type after it, since `any (select …)` would be a look through rows.
+    return _ARRAY.sub(r"(select \g<0>)::\g<1>", statement)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from billing.sql import one_plan
 from router.queue_counts import Change
 
 # How long changes are kept for routers that follow them. One that has not looked for so long, less
@@ -42,14 +43,14 @@ class Candidate:
     choices: str | None = None
 
 
-_ADD = """
+_ADD = one_plan("""
 insert into queue (job_id, lane, multiplier_milli, seq)
 select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
-on conflict do nothing"""
+on conflict do nothing""")
 
 # Jobs are looked up by their ids alone: seeing their state, the planner may walk the index of all that
 # wait, through whatever has waited since it was last swept.
-_HEADS = """
+_HEADS = one_plan("""
 select h.job_id, h.lane, h.multiplier_milli, h.seq, j.prefix,
        case when $4 then j.rates end as rates, case when $4 then j.choices end as choices,
        case when j.attempt > 0 then
@@ -61,7 +62,7 @@ from (select q.* from unnest($1::text[], $3::bigint[]) l(lane, floor) cross join
 cross join lateral (select state, prefix, rates, choices, attempt from jobs
     where jobs.id = h.job_id offset 0) j
 where j.state = 'queued'
-order by h.multiplier_milli desc, h.seq"""
+order by h.multiplier_milli desc, h.seq""")
 
 # All rows of the job, so that the change names its lanes together. A claim at the same time goes after
 # rows that are updated; of those that come new it would not know.

@@ -13,6 +13,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
+from billing.sql import one_plan
 from router import choices, job_queue, job_states
 from router.job_records import Claim, Claimed, Ending, GiveBack, Resumed
 from router.job_states import Event
@@ -21,7 +22,7 @@ from router.job_states import Event
 # that has changed since this statement began is passed over, like one that is locked: it may have been
 # given back meanwhile, and the places that it then has in the queue could not be seen here, and would
 # stay there for ever.
-_CLAIM = """
+_CLAIM = one_plan("""
 with given as (
     select * from unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::timestamptz[],
         $8::text[]) t(job_id, worker_id, router_id, commission_ppm, lease_ends_at, model)),
@@ -45,7 +46,7 @@ tried as (
 select id as job_id, attempt, worker_id, quote_id, account_id, kind, model, spec, rates,
     prompt_tokens, max_tokens, held_msat, multiplier_milli, commission_ppm, queued_at, started_at,
     choices, run_limit_s
-from claimed"""
+from claimed""")
 
 
 END_ATTEMPTS = """
@@ -60,13 +61,13 @@ SHIFT_BLAME = """
 update attempts set blame = 'job' where job_id = any($1::text[]) and blame = 'worker'"""
 
 
-_GIVE_BACK = """
+_GIVE_BACK = one_plan("""
 update jobs j set state = $3, worker_id = null, lease_ends_at = null, started_at = null,
     first_token_at = null, shown = false
 from unnest($1::text[], $2::int[], $5::text[]) t(id, attempt, router_id)
 where j.id = t.id and j.attempt = t.attempt and j.state = any($4::text[])
     and (t.router_id is null or j.router_id = t.router_id)
-returning j.id, j.multiplier_milli, j.seq"""
+returning j.id, j.multiplier_milli, j.seq""")
 
 
 _RESUME = """

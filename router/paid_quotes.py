@@ -19,6 +19,7 @@ from billing import ledger
 from billing.invoice_watcher import Receipt
 from billing.invoices import IssuedInvoice
 from billing.ledger import Transfer
+from billing.sql import one_plan
 from router import job_inserts, job_states
 from router.database import Database
 from router.job_records import Claimed, NewJob, NewQuote, Seat, StartBought
@@ -42,7 +43,7 @@ where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.sta
 # elsewhere, and the stream's cursor after them, as in the steps. A transfer that was posted before, or
 # a balance below zero, ends it all by a constraint. A job for which a worker keeps a seat starts, as it
 # does where it is bought from a balance (`router.job_inserts`).
-_START = """
+_START = one_plan("""
 with invoice as (
     select reference from invoices
     where payment_hash = $1 and state = 'open' and purpose = 'quote'
@@ -117,7 +118,7 @@ followed as (
 select s.id as job_id, s.attempt, s.worker_id, s.quote_id, s.account_id, s.kind, s.model, s.spec,
     s.rates, s.prompt_tokens, s.max_tokens, s.held_msat, s.multiplier_milli, s.commission_ppm,
     s.queued_at, s.started_at, s.choices, s.run_limit_s
-from quote left join started s on true"""
+from quote left join started s on true""")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from router import job_queue, job_store, plain_endings
+from billing import ledger
+from router import job_inserts, job_queue, job_store, plain_endings
 from router.database import Database
-from tests.job_tools import LANE, new_job, payer, submit
+from router.job_records import Submission
+from tests.job_tools import LANE, claim, new_job, new_quote, payer, submit
 
 ENDED = 3000
 _LOOK: list[Any] = [[LANE], 16, [0], False]
@@ -69,3 +71,24 @@ async def test_jobs_are_looked_up_by_their_ids_alone(
         prepared = await connection.prepare(statement)
         (explained,) = await prepared.explain(*values)
     assert set(scans(explained["Plan"])) == {"jobs_pkey"}
+
+
+async def test_what_is_run_for_one_row_or_many_is_not_planned_anew_each_time(database: Database):
+    """Planning takes as long as running it: PostgreSQL tries five times, and then keeps one plan."""
+    async with database.transaction() as connection:
+        poor = await payer(connection, 1)
+        row = Submission(new_quote(), poor)
+        transfer = ledger.Transfer(ledger.LIGHTNING, ledger.client(poor), 1, "received", poor)
+        for _ in range(12):
+            assert not await job_inserts.add_covered(connection, [row])
+            assert not await job_queue.heads(connection, [LANE], most=16)
+            assert await claim(connection, "nothing") is None
+            await ledger.post(connection, [transfer])
+        plans = await connection.fetch(
+            "select statement, custom_plans, generic_plans from pg_prepared_statements"
+            " where statement = any($1)",
+            [job_inserts._ADD_COVERED, job_queue._HEADS, job_store._CLAIM, ledger._POST],
+        )
+    assert len(plans) == 4
+    for plan in plans:
+        assert plan["custom_plans"] <= 6 and plan["generic_plans"] >= 6, plan["statement"][:200]
