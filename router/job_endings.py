@@ -20,13 +20,16 @@ from router.job_records import Ended, Ending
 from router.job_states import Event, State
 from router.job_store import END_ATTEMPTS, in_rounds, shift_blame
 
+# Jobs are locked in the order in which they are given, as `router.plain_endings` does: left to itself,
+# PostgreSQL would take them in whatever order its plan has.
 _END = """
-with given as (
-    select * from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[],
+with given as materialized (
+    select t.* from unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::text[], $6::bigint[],
         $7::text[], $8::text[], $9::timestamptz[], $10::bytea[], $12::text[], $13::text[],
         $14::text[], $15::bigint[], $16::text[])
         t(id, attempt, befores, state, end_reason, charge_msat, result, usage, first_token_at,
-            answer_hash, outcome, blame, error, tokens, router_id)),
+            answer_hash, outcome, blame, error, tokens, router_id)
+    cross join lateral (select from jobs where jobs.id = t.id for update) j),
 ended as (
     update jobs j set state = t.state, ended_at = now(), end_reason = t.end_reason,
         charged_msat = t.charge_msat, result = t.result, usage = t.usage, lease_ends_at = null,

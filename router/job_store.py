@@ -62,9 +62,12 @@ update attempts set blame = 'job' where job_id = any($1::text[]) and blame = 'wo
 
 
 _GIVE_BACK = one_plan("""
+with given as materialized (
+    select t.* from unnest($1::text[], $2::int[], $5::text[]) t(id, attempt, router_id)
+    cross join lateral (select from jobs where jobs.id = t.id for update) j)
 update jobs j set state = $3, worker_id = null, lease_ends_at = null, started_at = null,
     first_token_at = null, shown = false
-from unnest($1::text[], $2::int[], $5::text[]) t(id, attempt, router_id)
+from given t
 where j.id = t.id and j.attempt = t.attempt and j.state = any($4::text[])
     and (t.router_id is null or j.router_id = t.router_id)
 returning j.id, j.multiplier_milli, j.seq""")
