@@ -130,9 +130,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End the Lightning networks after their last test: idle, they take a quarter of a core."""
-    if nextitem is not None and not _on_lightning(nextitem):
+    if nextitem is None or _on_lightning(nextitem) or not _networks:
+        return
+    # Options put tests that failed, or are new, before all others; these need a network later.
+    items = item.session.items
+    if not any(_on_lightning(later) for later in items[items.index(item) + 1 :]):
         while _networks:
             _networks.pop().stop()
 

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, cast
 
 from billing import ledger, payees, payout_control
@@ -42,6 +39,7 @@ from billing.reconciliation import Reconciler
 from billing.trial_balance import trial_balance
 from billing.withdrawals import Withdrawals
 from router.database import Database
+from tests.memory_folder import memory_folder
 from tests.payout_payees import CrashNow, Fuse, PayeeHttp, PayeeServers
 
 START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -198,18 +196,15 @@ class World:
     @asynccontextmanager
     async def open(cls, database: Database) -> AsyncIterator[World]:
         self = cls(database)
-        # In memory where that can be had: the network flushes whatever it does to its disk.
-        in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        folder = tempfile.TemporaryDirectory(prefix="satherd-payouts-", dir=in_memory)
-        self.network = await Network.open(Path(folder.name), clock=lambda: self.now.timestamp())
-        self.servers = PayeeServers(self.network)
-        self.pubkey = (await self.network.node(ROUTER)).pubkey
-        try:
-            async with database.connection() as self.checker:
-                yield self
-        finally:
-            await self.network.aclose()
-            folder.cleanup()
+        with memory_folder() as folder:
+            self.network = await Network.open(folder, clock=lambda: self.now.timestamp())
+            self.servers = PayeeServers(self.network)
+            self.pubkey = (await self.network.node(ROUTER)).pubkey
+            try:
+                async with database.connection() as self.checker:
+                    yield self
+            finally:
+                await self.network.aclose()
 
     def process(
         self, settings: PayoutSettings = SETTINGS, *, sparks_left: int | None = None
