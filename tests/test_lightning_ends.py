@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ def stops(monkeypatch: pytest.MonkeyPatch, order: str) -> list[int]:
     items: list[Any] = [Item(["lightning"] if kind == "L" else [], session) for kind in order]
     session.items = items
     seen: list[int] = []
-    for item, later in zip(items, items[1:], strict=False):
+    for item, later in itertools.pairwise(items):
         conftest.pytest_runtest_teardown(item, later)
         seen.append(network.times)
     return seen
