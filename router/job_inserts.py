@@ -4,7 +4,7 @@ claims of workers that have a seat for them, where all of it can be one statemen
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -139,10 +139,9 @@ async def add_covered(
 
 
 def claimed_at_once(
-    row: Submission, seats: Sequence[Seat], added: dict[str, datetime | None]
+    row: Submission, claims: Mapping[str, Claim], added: Mapping[str, datetime | None]
 ) -> tuple[Claimed, ...]:
-    """What `add_covered` has started of a submission."""
-    claims = {seat.claim.job_id: seat.claim for seat in seats}
+    """What `add_covered` has started of a submission; `claims` by their jobs."""
     return tuple(
         _claimed(row, job, claims[job.id], at)
         for job in row.quote.jobs

@@ -45,8 +45,9 @@ async def submit_plain(
     Jobs that have a seat start with it, unless others go before them.
     """
     if added := await job_inserts.add_covered(connection, rows, seats):
+        claims = {seat.claim.job_id: seat.claim for seat in seats}
         return [
-            Submitted(row.quote.id, False, job_inserts.claimed_at_once(row, seats, added))
+            Submitted(row.quote.id, False, job_inserts.claimed_at_once(row, claims, added))
             for row in rows
         ]
     async with connection.transaction():
