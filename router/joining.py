@@ -98,7 +98,9 @@ def join(
         {"submit_bound": job_submits.submit_bound},
         # Mostly a cancel that meets a claim of the same job comes before it or after it.
         {"claim": job_store.claim_many, "cancel": end_many},
-        {"end": end_plain, "give_back": job_store.give_back_many},
+        # Apart: an ending locks balances after its jobs, and must wait for no job with these in hand.
+        {"end": end_plain},
+        {"give_back": job_store.give_back_many},
         # One of two claims of the same job may be done alone: it is the one that counts. A submission
         # that is not covered has done nothing. An ending that is told again changes nothing, and its
         # caller looks at how the job has ended.

@@ -457,6 +457,28 @@ async def test_a_crowd_of_endings_of_several_routers_divides_every_escrow_once(d
     assert await books_in_order(database)
 
 
+async def test_an_ending_holds_no_balance_while_a_give_back_waits_for_its_job(router: Rig):
+    """Or it would wait for whoever holds that job and wants the balance: a router that ends it."""
+    database, write = router.core.database, router.core.writer.write
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        ended, back = [await running(connection, account_id) for _ in range(2)]
+    async with database.transaction() as connection:
+        await connection.execute("select from jobs where id = $1 for update", back.job_id)
+        writes = [
+            asyncio.create_task(write("end", ending(ended))),
+            asyncio.create_task(
+                write("give_back", GiveBack(back.job_id, back.attempt, LANE, "lost", "worker"))
+            ),
+        ]
+        await waits_for_a_lock(connection)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await writes[0] is not None
+        await ledger.lock_balances(connection, [ledger.client(account_id)])
+    assert await writes[1]
+    assert (await router.books()).in_order
+
+
 @pytest.mark.usefixtures("no_steps")
 async def test_a_router_takes_the_short_way(router: Rig):
     async with router.worker() as worker:
