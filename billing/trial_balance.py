@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Accounts of one payer, job or worker are shown as one line each kind.
+# Accounts of one payer, job or worker are shown as one line each kind: by the first two parts of their
+# names. A regular expression for each transfer took a minute where there were millions.
 _GROUPED = """
 with entry as (
     select debit as account, amount_msat as change_msat from ledger_transfers
     union all
     select credit, -amount_msat from ledger_transfers)
-select regexp_replace(account, '^(liabilities:(client|escrow|worker)):.*$', '\\1') as account,
+select split_part(account, ':', 1) || ':' || split_part(account, ':', 2) as account,
        sum(change_msat)::bigint as balance_msat
 from entry group by 1 order by 1"""
 
