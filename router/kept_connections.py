@@ -14,6 +14,8 @@ import asyncpg
 
 # As long as the pool leaves a connection open that nobody uses.
 IDLE_S = 300.0
+# After this time one goes back to the pool, which makes it anew when it has done enough.
+OUT_S = 3600.0
 
 
 class KeptConnections:
@@ -23,6 +25,8 @@ class KeptConnections:
         self.pool = pool
         # (when it was last used, connection), the latest at the end.
         self._kept: list[tuple[float, Any]] = []
+        # When each that is out of the pool was taken out of it.
+        self._out_since: dict[Any, float] = {}
         self._most = pool.get_max_size() - 1
         self._waiting = 0
         self._closing = False
@@ -41,18 +45,21 @@ class KeptConnections:
             await self._end(connection)
         self._waiting += 1
         try:
-            return await self.pool.acquire(timeout=timeout_s)
+            connection = await self.pool.acquire(timeout=timeout_s)
         finally:
             self._waiting -= 1
+        self._out_since[connection] = time.monotonic()
+        return connection
 
     async def give_back(self, connection: Any, *, well: bool) -> None:
         """`well`: whoever used it came to the end, so that nothing is under way on it."""
         now = time.monotonic()
         wanted = not (self._closing or self._waiting or len(self._kept) >= self._most)
+        wanted = wanted and now - self._out_since[connection] < OUT_S
         if well and wanted and _is_open(connection) and not connection.is_in_transaction():
             self._kept.append((now, connection))
         else:
-            await self.pool.release(connection)
+            await self._release(connection)
         if self._kept and now - self._kept[0][0] > IDLE_S:
             await self._end(self._kept.pop(0)[1])
 
@@ -60,13 +67,17 @@ class KeptConnections:
         """Close all connections, once those that are in use have come back."""
         self._closing = True
         while self._kept:
-            await self.pool.release(self._kept.pop()[1])
+            await self._release(self._kept.pop()[1])
         await self.pool.close()
 
     async def _end(self, connection: Any) -> None:
         if _is_open(connection):
             connection.terminate()
-        # Harmless for one that the pool has taken back already, since it was closed.
+        await self._release(connection)
+
+    async def _release(self, connection: Any) -> None:
+        """To the pool; harmless for one that it has taken back already, since it was closed."""
+        self._out_since.pop(connection, None)
         await self.pool.release(connection)
 
 

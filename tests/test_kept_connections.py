@@ -158,6 +158,21 @@ async def _pid_of(connection: Any) -> int:
     return await connection.fetchval(_PID)
 
 
+async def test_one_that_has_done_enough_is_made_anew(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The pool knows how much it has done, and looks when it comes back."""
+    monkeypatch.setattr("router.database.MAX_QUERIES", 4)
+    opened = await Database.open(database_url, size=SIZE)
+    tired = await pid(opened)
+    for _ in range(9):
+        assert await pid(opened) == tired
+    monkeypatch.setattr(kept_connections, "OUT_S", 0.0)
+    assert await pid(opened) == tired
+    assert tired not in await pids(opened, SIZE)
+    await opened.close()
+
+
 async def test_after_the_end_nothing_is_kept(database_url: str):
     opened = await Database.open(database_url, size=SIZE)
     await pids(opened, SIZE)
