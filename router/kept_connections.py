@@ -34,7 +34,7 @@ class KeptConnections:
     @property
     def idle(self) -> int:
         """Open connections that nobody uses."""
-        return self.pool.get_idle_size() + len(self._kept)
+        return self.pool.get_idle_size() + sum(_is_open(kept) for _, kept in self._kept)
 
     async def take(self, *, timeout_s: float) -> Any:
         """A connection, to be given back. Raises what asyncpg raises, and TimeoutError."""

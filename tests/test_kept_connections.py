@@ -82,6 +82,14 @@ async def test_idle_ones_are_counted_wherever_they_are(small: Database):
         assert small.idle == SIZE - 1
 
 
+async def test_what_was_closed_meanwhile_is_not_counted(small: Database):
+    await pids(small, SIZE)
+    for _, kept in small._connections._kept:
+        kept.terminate()
+    assert small.idle == small.pool.get_size() == 1
+    assert len(await pids(small, SIZE)) == SIZE
+
+
 async def test_one_that_was_closed_meanwhile_is_not_handed_out(small: Database):
     """By the other side, which is how a PostgreSQL goes."""
     before = await pid(small)
