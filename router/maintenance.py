@@ -22,7 +22,16 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from router import charging, demands, door_ids, job_endings, job_queue, kept_chunks, workers
+from router import (
+    charging,
+    demands,
+    door_ids,
+    growing_tables,
+    job_endings,
+    job_queue,
+    kept_chunks,
+    workers,
+)
 from router.answer_hash import answer_hash
 from router.attempts import Attempts
 from router.charging import NOTHING, Delivered
@@ -87,7 +96,7 @@ class Maintenance:
         loops: list[tuple[float, Sequence[Callable[[], Awaitable[object]]]]] = [
             (KEEP_S, [self.keep_chunks]),
             (self._settings.lease_s / 4, [self.renew_leases]),
-            (1.0, [self.stop_overdue]),
+            (1.0, [self.stop_overdue, self.look_at_growth]),
             (
                 2.0,
                 [
@@ -132,6 +141,11 @@ class Maintenance:
     async def keep_chunks(self) -> None:
         """Store what running jobs have said since the last time, for readers that come later."""
         await kept_chunks.keep(self._database, list(self._attempts.running.values()))
+
+    async def look_at_growth(self) -> None:
+        """Have PostgreSQL plan anew for tables that have grown."""
+        async with self._database.connection() as connection:
+            await growing_tables.analyze(connection)
 
     async def renew_leases(self) -> None:
         """Say that what runs here is still alive."""

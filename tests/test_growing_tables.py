@@ -1,0 +1,70 @@
+"""Plans that are kept follow the tables when they grow."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from router import growing_tables
+from router.database import Database
+
+_FIND = "select worker_id from attempts where job_id = any((select $1::text[])::text[]) and n = 1"
+
+
+async def _add(connection: Any, jobs: range) -> None:
+    await connection.execute(
+        "insert into attempts (job_id, n, worker_id, router_id)"
+        " select 'job-' || g, 1, 'w', 'r' from generate_series($1::int, $2::int) g",
+        jobs.start,
+        jobs.stop - 1,
+    )
+
+
+async def _rows_read(connection: Any) -> int:
+    """Rows of attempts that are gone through to find one of them, by the plan that is kept."""
+    explain = "explain (analyze, format json) execute find(array['job-7'])"
+    (explained,) = json.loads(await connection.fetchval(explain))
+    return _read_from(explained["Plan"])
+
+
+def _read_from(plan: dict[str, Any]) -> int:
+    here = plan.get("Relation Name") == "attempts"
+    own = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0) if here else 0
+    return int(own) + sum(_read_from(part) for part in plan.get("Plans", ()))
+
+
+async def test_a_table_that_has_grown_is_not_read_from_end_to_end(database: Database):
+    async with database.connection() as connection:
+        await connection.execute("set plan_cache_mode = force_generic_plan")
+        await _add(connection, range(1, 20))
+        await connection.execute("analyze attempts")
+        await connection.execute(f"prepare find (text[]) as {_FIND}")
+        assert await _rows_read(connection) == 19
+        await _add(connection, range(20, 20_000))
+        assert await _rows_read(connection) == 19_999
+        assert await growing_tables.analyze(connection) == ["attempts"]
+        assert await _rows_read(connection) == 1
+        # Nothing to do before it has doubled.
+        assert await growing_tables.analyze(connection) == []
+        await connection.execute("deallocate find")
+        await connection.execute("reset plan_cache_mode")
+
+
+async def test_what_somebody_else_looks_after_is_left_to_him(database: Database):
+    async with database.connection() as one, database.connection() as other:
+        await _add(one, range(1, 2_000))
+        async with other.transaction():
+            await other.execute("lock table attempts in share update exclusive mode")
+            assert await growing_tables.analyze(one) == ["attempts"]
+        assert await growing_tables.analyze(one) == ["attempts"]
+        assert await growing_tables.analyze(one) == []
+
+
+async def test_large_tables_are_left_to_autovacuum(database: Database):
+    async with database.connection() as connection:
+        await _add(connection, range(1, 2_000))
+        before, growing_tables.MOST_PAGES = growing_tables.MOST_PAGES, 0
+        try:
+            assert await growing_tables.analyze(connection) == []
+        finally:
+            growing_tables.MOST_PAGES = before
