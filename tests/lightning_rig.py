@@ -131,7 +131,11 @@ class SimulatedRig:
         await self.network.script(Fault(kind, operation, delay_s=delay_s))
 
     async def resolve(self, payment_hash: str, *, settle: bool) -> None:
-        assert await self.network.resolve(payment_hash, settle=settle) == 1
+        # A node may say that a payment is under way a moment before it is.
+        async with asyncio.timeout(SOON_S):
+            while (ended := await self.network.resolve(payment_hash, settle=settle)) == 0:
+                await asyncio.sleep(0.01)
+        assert ended == 1
 
     async def delete_history(self, payment_hash: str) -> None:
         assert await self.network.forget("router", payment_hash) >= 1
