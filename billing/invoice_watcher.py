@@ -99,6 +99,7 @@ class InvoiceWatcher:
         self._at_once = at_once
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
+        self._settling: set[asyncio.Task[bool]] = set()
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self.stream_alive = False
         # What the node was paid before it was used with these books is not booked: some nodes
@@ -124,7 +125,7 @@ class InvoiceWatcher:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._settling, return_exceptions=True)
 
     async def record(self, settlement: Settlement) -> bool:
         """Record what the node says it was paid, if it is not; whether that was news."""
@@ -136,15 +137,23 @@ class InvoiceWatcher:
         )
 
     async def check(self, payment_hash: str) -> None:
-        """Ask the node about one invoice now, and credit it if it is settled."""
+        """Ask the node about one invoice now, and credit it if it is settled.
+
+        Whoever asks may go away: what is being credited is finished all the same.
+        """
         status = await self._backend.lookup_invoice(payment_hash)
         if status.state is InvoiceState.SETTLED:
-            await self._settle(
-                payment_hash,
-                status.amount_received_msat,
-                status.settled_at or self._clock(),
-                cursor=None,
+            settling = asyncio.create_task(
+                self._settle(
+                    payment_hash,
+                    status.amount_received_msat,
+                    status.settled_at or self._clock(),
+                    cursor=None,
+                )
             )
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            await asyncio.shield(settling)
 
     async def hear(self, payment_hash: str, *, within_s: float) -> None:
         """Wait until this process has been told that the invoice is settled, and has recorded it.

@@ -21,7 +21,7 @@ from router.database import BatchingWriter, Database, DatabaseUnavailable
 from router.job_queue import Candidate, heads, specs_of, waiting_lanes
 from router.job_records import Bought, Buy, Claim, Claimed, Seat
 from router.job_store import claim_many
-from router.matching import able_to, match, may_take
+from router.matching import able_to, match, may_take, overtaking_nobody
 from router.workers import Fleet, Worker
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: boo
 
 
 def floors_of(lanes: Sequence[str], idle: Sequence[Worker]) -> list[int] | None:
-    """Down to which multiplier each lane is drained by any of these; None: all to the end."""
-    if not any(worker.floors for worker in idle):
+    """Down to which multiplier each lane is drained by any of these; None: all to the end, and nobody
+    asks for more than that."""
+    if not any(worker.min_fees for worker in idle):
         return None
     return [min((w.floor_milli(lane) for w in idle if w.drains(lane)), default=0) for lane in lanes]
 
@@ -165,8 +166,8 @@ class Dispatcher:
         return any(results) or len(candidates) >= most
 
     def _match_fresh(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Worker]]:
-        """Who would get jobs that nobody has seen in the queue. What cannot be told by the names of
-        their lanes, and what others were seen to wait for, is left to a look at the queue."""
+        """Who would get jobs that nobody has seen in the queue, in its order. What the names of their
+        lanes do not tell, and what others were seen to wait for, is left to a look at the queue."""
         idle = self._fleet.idle(MOST_ALIKE)
         if (
             self.paused
@@ -175,11 +176,14 @@ class Dispatcher:
             or any(worker.floors or worker.offers is not None for worker in idle)
         ):
             return []
-        return [
-            (candidate, worker)
-            for candidate, worker in match(candidates, self._fleet, self._commission_ppm(), idle)
-            if len(worker.lanes) <= MOST_FIRST and not any(map(worker.drains, self._left))
-        ]
+        # Whoever serves one of several models is charged at its rates: such jobs have to be looked at.
+        plain = [candidate for candidate in candidates if candidate.choices is None]
+        workers = {
+            candidate.job_id: worker
+            for candidate, worker in match(plain, self._fleet, self._commission_ppm(), idle)
+            if len(worker.lanes) <= MOST_FIRST
+        }
+        return overtaking_nobody(candidates, workers, self._left)
 
     async def start_bought(
         self,
@@ -193,29 +197,40 @@ class Dispatcher:
         has started; the seats of the others are free again.
         """
         fresh = [
-            Candidate(job.id, lanes[0], job.multiplier_milli, 0, frozenset(), job.prefix)
+            Candidate(
+                job.id,
+                lanes[0],
+                job.multiplier_milli,
+                0,
+                frozenset(),
+                job.prefix,
+                job.rates,
+                job.choices,
+                tuple(lanes[1:]),
+            )
             for job, lanes in jobs
-            # Whoever serves one of several models is charged at its rates.
-            if job.choices is None
         ]
         # The dearest choose first; sorting keeps the others in the order in which they came.
         fresh.sort(key=lambda candidate: -candidate.multiplier_milli)
         pairs = self._match_fresh(fresh)
+        started: dict[str, Claimed] = {}
 
         async def claim(claims: list[Claim]) -> Claims:
             seats = [
                 Seat(claim, worker.lanes) for claim, (_, worker) in zip(claims, pairs, strict=True)
             ]
-            started = {claimed.job_id: claimed for claimed in await buy(seats)}
+            started.update({claimed.job_id: claimed for claimed in await buy(seats)})
             return [started.get(claim.job_id) for claim in claims]
 
-        results = await self._claim(pairs, claim)
-        for (_, worker), result in zip(pairs, results, strict=True):
-            if isinstance(result, Claimed):
-                self._assign(result, worker)
-        if None in results:
-            # Meanwhile others may have been told that there was no room.
-            self.wake()
+        try:
+            await self._claim(pairs, claim)
+        finally:
+            if len(started) < len(pairs):
+                # Meanwhile others may have been told that there was no room.
+                self.wake()
+        for candidate, worker in pairs:
+            if candidate.job_id in started:
+                self._assign(started[candidate.job_id], worker)
 
     def _demanding(self) -> bool:
         """Whether to look for jobs that demand something: while this router has seen one not long

@@ -31,7 +31,7 @@ CHANGES_KEPT = timedelta(seconds=60)
 class Candidate:
     """A waiting job at the head of a lane. `tried_by`: workers that had it before. `prefix`: what
     its prompt begins with (`router.prompt_prefix`). `rates`, `choices`: what it was quoted, where the
-    caller asked for it."""
+    caller asked for it. `more_lanes`: where else it waits, of one that is not in the queue yet."""
 
     job_id: str
     lane: str
@@ -41,6 +41,7 @@ class Candidate:
     prefix: int | None = None
     rates: str | None = None
     choices: str | None = None
+    more_lanes: tuple[str, ...] = ()
 
 
 _ADD = one_plan("""

@@ -90,7 +90,9 @@ class Jobs:
         finally:
             if submitted is None or submitted.repeated:
                 for job in quote.jobs:
-                    self.hub.drop(job.id)
+                    # Whoever asked may have gone when a worker has it already.
+                    if job.id not in self._attempts.running:
+                        self.hub.drop(job.id)
         assert submitted is not None
         if not submitted.repeated:
             log.debug("jobs queued quote=%s jobs=%d", quote.id, len(quote.jobs))
@@ -170,8 +172,9 @@ class Jobs:
             if stream is not None and stream.state is State.AWAITING_PAYMENT:
                 stream.restart(State.QUEUED, 0)
         self._market.touch()
-        self._relay.tell_paid(job_ids)
         if any_waits:
+            # Of those that have started, the others are told as of any other job.
+            self._relay.tell_paid(job_ids)
             self._attempts.on_work()
 
     def found(self, row: Any) -> None:

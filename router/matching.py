@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from router.asks import accepts
 from router.job_queue import Candidate
@@ -69,6 +69,35 @@ def match(
             given.add(candidate.job_id)
             pairs.append((candidate, best))
     return pairs
+
+
+def overtaking_nobody(
+    candidates: Sequence[Candidate], workers: Mapping[str, Worker], left: Iterable[str]
+) -> list[tuple[Candidate, Worker]]:
+    """Of jobs in the order of the queue, with the workers that they were matched with, those that may
+    start before all others that wait are looked at. Pure.
+
+    Not on a worker that drains a lane of `left`, or of a job before it that has to wait or may have to:
+    a seat is lost where something dearer waits in the lanes of its worker, and one for a later job of
+    the same batch is lost with it only if its worker drains all of these lanes, too.
+    """
+    waiting = set(left)
+    seated: list[tuple[Candidate, Worker]] = []
+    for candidate in candidates:
+        worker = workers.get(candidate.job_id)
+        if (
+            worker is not None
+            and not any(map(worker.drains, waiting))
+            and all(
+                other.lanes <= worker.lanes or not worker.drains(before.lane)
+                for before, other in seated
+                if other.lanes is not worker.lanes
+            )
+        ):
+            seated.append((candidate, worker))
+        else:
+            waiting.update((candidate.lane, *candidate.more_lanes))
+    return seated
 
 
 def warm(

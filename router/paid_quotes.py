@@ -31,7 +31,7 @@ REMEMBERED = 1_000
 REMEMBERED_CHARACTERS = 16_000
 
 _LOOK = """
-select i.account_id, j.id, j.kind, j.model, j.choices, j.spec,
+select i.account_id, j.id, j.kind, j.model, j.choices, j.spec, j.rates,
     j.prompt_tokens, j.max_tokens, j.multiplier_milli, j.prefix
 from invoices i join jobs j on j.quote_id = i.reference
 where i.payment_hash = $1 and i.state = 'open' and i.purpose = 'quote' and j.state = any($2::text[])"""
@@ -130,6 +130,7 @@ class _Sold:
     model: str
     choices: str | None
     spec: str
+    rates: str
     prompt_tokens: int
     max_tokens: int
     multiplier_milli: int

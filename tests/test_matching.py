@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from router.job_queue import Candidate
 from router.lanes import Edges, lane
-from router.matching import match
+from router.matching import match, overtaking_nobody
 from router.standing import Standing
 from router.workers import Fleet, Worker
 from worker.protocol import ModelKind, ServedModel
@@ -147,3 +148,51 @@ def test_a_worker_is_taken_to_remember_as_much_as_its_slots_hold():
     few.remember(9)
     assert list(few.met) == [4, 9]
     assert list(many.met) == [2, 3, 4, 5]
+
+
+# --- seats for jobs that are just being bought -----------------------------------------------------
+
+
+def seats(queue: list[Candidate], *workers: Worker, left: list[str] | None = None) -> list[Any]:
+    """What starts at once of jobs in the order of the queue, where those with choices are left out."""
+    plain = [candidate for candidate in queue if candidate.choices is None]
+    matched = {c.job_id: w for c, w in match(plain, fleet_of(*workers))}
+    return names(overtaking_nobody(queue, matched, left or []))
+
+
+def test_a_seat_is_kept_for_whoever_comes_next():
+    queue = [waiting("dear", 3000), waiting("cheap")]
+    assert seats(queue, worker("w", slots=2)) == [("dear", "w"), ("cheap", "w")]
+
+
+def test_what_has_to_be_looked_at_is_not_overtaken_by_its_own_batch():
+    choosing = dataclasses.replace(waiting("dear", 3000), choices="{}")
+    elsewhere = dataclasses.replace(choosing, lane="text/1/1/other", more_lanes=(choosing.lane,))
+    for first in (choosing, elsewhere):
+        assert seats([first, waiting("cheap")], worker("w")) == []
+        assert seats([waiting("dearer", 4000), first], worker("w")) == [("dearer", "w")]
+    apart = dataclasses.replace(choosing, lane="text/1/1/other")
+    assert seats([apart, waiting("cheap")], worker("w")) == [("cheap", "w")]
+
+
+def test_what_was_left_in_the_queue_is_not_overtaken_nor_what_waits_behind_it():
+    queue = [waiting("long", 3000, tokens=5000), waiting("short")]
+    long, short = worker("long"), worker("short", models=[SHORT])
+    assert seats(queue, long, short) == [("long", "long"), ("short", "short")]
+    # Something is left that only the long one drains: so the dear job may have to wait, and might get
+    # neither; the cheap one is in nobody's way on the short worker, which does not fit the dear one.
+    assert seats(queue, long, short, left=[queue[0].lane]) == [("short", "short")]
+    queue = [waiting("dear", 3000), waiting("cheap")]
+    assert seats(queue, long, short, left=[waiting("l", tokens=5000).lane]) == []
+
+
+def test_a_seat_that_may_be_lost_alone_is_not_overtaken():
+    """The dear job loses its seat where something dearer waits for long workers only; the cheap one
+    on the short worker, which the dear one would fit as well, must not go before it."""
+    queue = [waiting("dear", 3000), waiting("cheap")]
+    fast, short = worker("fast", speeds={"m": 99.0}), worker("short", models=[SHORT])
+    assert seats(queue, fast, short) == [("dear", "fast")]
+    # The other way round, what takes the dear one's seat takes the cheap one's, too.
+    slow = worker("slow")
+    quick = worker("quick", models=[SHORT], speeds={"m": 99.0})
+    assert seats(queue, slow, quick) == [("dear", "quick"), ("cheap", "slow")]

@@ -144,6 +144,24 @@ async def test_a_router_takes_the_short_way(shop: Rig, monkeypatch: pytest.Monke
     assert cursor["cursor"] == received.cursor
 
 
+async def test_of_jobs_that_start_at_once_nothing_is_left_to_tell(router: Rig):
+    """Their start is told; only those that wait are told of as paid, with the next word of work."""
+    told: list[str] = []
+    relay = router.core.relay
+    tell_paid = relay.tell_paid
+    relay.tell_paid = lambda ids: (told.extend(ids), tell_paid(ids))[1]  # type: ignore[method-assign]
+    async with router.worker(slots=1) as worker:
+        due = (await router.http.post("/jobs", json=JOB)).json()
+        await router.pay(due["invoice"])
+        await worker.job()
+        assert not told and not relay._paid
+        due = await bought(router)
+        await router.pay(due["invoice"])
+        async with asyncio.timeout(10):
+            while len(told) < 2 or relay._paid:
+                await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("case", ["late", "underpaid", "expired", "spent", "foreign"])
 async def test_what_is_not_the_usual_case_changes_nothing(shop: Rig, case: str):
     due = await bought(shop)
@@ -291,3 +309,32 @@ async def test_when_the_stream_says_nothing_the_node_is_asked(
     again = await shop.http.post("/jobs", json=JOB | {"n": 2}, headers=proof)
     assert again.status_code == 202 and len(again.json()["jobs"]) == 2, again.text
     assert not watcher._waiting
+
+
+async def test_whoever_asked_for_a_check_may_go_and_the_payment_is_credited(
+    shop: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    watcher = shop.core.watcher
+    begin = watcher._at_once
+    assert begin is not None
+    crediting, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def at_once(told: Receipt) -> Any:
+        crediting.set()
+        await may_go_on.wait()
+        return await begin(told)
+
+    due = await bought(shop)
+    await watcher.stop()
+    monkeypatch.setattr(watcher, "_at_once", at_once)
+    await shop.pay(due["invoice"])
+    asking = asyncio.create_task(watcher.check(due["payment_hash"]))
+    await crediting.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    stopping = asyncio.create_task(watcher.stop())
+    may_go_on.set()
+    await stopping
+    states = await shop.query("select state from jobs")
+    assert [row["state"] for row in states] == ["queued", "queued"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,11 +15,12 @@ from billing.trial_balance import trial_balance
 from router import job_store, job_submits
 from router.database import Database
 from router.errors import NotEnoughBalance
-from router.job_records import Claim, Seat, Submission, Submitted
+from router.job_records import Claim, Claimed, Seat, Submission, Submitted
 from router.job_states import State
+from router.workers import Worker
 from tests.door_tools import JOB
-from tests.job_tools import LANE, OFFER_MSAT, new_job, new_quote, payer, state_of
-from tests.router_rig import PATIENCE_S, Rig
+from tests.job_tools import LANE, OFFER_MSAT, RATES, new_job, new_quote, payer, state_of
+from tests.router_rig import MODEL, PATIENCE_S, Rig
 
 LEASE = datetime.now(UTC) + timedelta(seconds=60)
 OTHER_LANE = "text/512/512/other-model"
@@ -156,17 +158,25 @@ async def test_seats_are_kept_while_a_job_is_bought_and_free_again_where_it_has_
         assert [worker.free_slots for worker in router.core.fleet.all()] == [3]
 
 
-async def test_what_fails_to_be_bought_keeps_no_seat(router: Rig):
+async def test_what_fails_to_be_bought_keeps_no_seat(router: Rig, monkeypatch: pytest.MonkeyPatch):
     async with router.worker(slots=1):
+        woken = 0
+
+        def wake() -> None:
+            nonlocal woken
+            woken += 1
 
         async def fail(seats: Sequence[Seat]) -> list[Any]:
             assert len(seats) == 1
             raise RuntimeError("no")
 
         job = new_job(lane=await lane_of(router))
+        monkeypatch.setattr(router.core.dispatcher, "wake", wake)
         with pytest.raises(RuntimeError):
             await router.core.dispatcher.start_bought([(job, job.lanes)], fail)
         assert [worker.free_slots for worker in router.core.fleet.all()] == [1]
+        # Whoever came meanwhile saw no room.
+        assert woken == 1
 
 
 async def test_of_those_bought_together_the_dearest_gets_the_seat_and_then_the_first(router: Rig):
@@ -176,6 +186,20 @@ async def test_of_those_bought_together_the_dearest_gets_the_seat_and_then_the_f
         buyers = Buyers(router)
         await router.core.dispatcher.start_bought([(j, j.lanes) for j in jobs], buyers.buy)
         assert [s.claim.job_id for s in buyers.kept] == [jobs[3].id, jobs[1].id]
+
+
+async def test_what_pays_less_than_the_only_worker_asks_gets_no_seat(router: Rig):
+    """Also where today's rates would pay it: those of the job's own quote count."""
+    async with router.worker(slots=1, min_fees={MODEL: {"prompt_fee_msat": 900}}):
+        (worker,) = router.core.fleet.all()
+        worker.floors = {}
+        lane = await lane_of(router)
+        for prompt_fee_msat, seats in ((500, 0), (1000, 1)):
+            rates = json.dumps(RATES | {"prompt_fee_msat": prompt_fee_msat})
+            job = new_job(lane=lane, rates=rates, multiplier_milli=1000)
+            buyers = Buyers(router)
+            await router.core.dispatcher.start_bought([(job, job.lanes)], buyers.buy)
+            assert len(buyers.kept) == seats
 
 
 @pytest.mark.parametrize("why", ["paused", "choice", "elsewhere", "demanded"])
@@ -258,4 +282,29 @@ async def test_one_whose_worker_leaves_meanwhile_waits_for_another(
     async with router.worker() as worker:
         job = await worker.serve("Hi.")
         assert (job["job_id"], job["attempt"]) == (made.json()["jobs"][0]["id"], 2)
+    assert (await router.books()).in_order
+
+
+async def test_whoever_reads_a_job_that_started_finds_it_though_its_buyer_has_gone(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    core = router.core
+    async with core.database.transaction() as connection:
+        account_id = await payer(connection)
+    assign, seen = core.dispatcher._assign, []
+
+    def cancelling(claimed: Claimed, worker: Worker) -> None:
+        assign(claimed, worker)
+        seen.append(core.attempts.running[claimed.job_id])
+        buyer.cancel()
+
+    monkeypatch.setattr(core.dispatcher, "_assign", cancelling)
+    async with router.worker() as worker:
+        quote = new_quote(new_job(lane=await lane_of(router)))
+        buyer = asyncio.create_task(core.jobs.submit(quote, account_id=account_id))
+        with pytest.raises(asyncio.CancelledError):
+            await buyer
+        (running,) = seen
+        assert core.jobs.hub.get(quote.jobs[0].id) is running.stream
+        await worker.serve("Hi.")
     assert (await router.books()).in_order

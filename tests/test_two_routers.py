@@ -208,10 +208,12 @@ async def test_a_client_who_goes_takes_along_what_runs_at_the_other_router(pair)
         await until(cancelled)
 
 
-async def test_a_payment_seen_by_one_router_is_heard_by_the_readers_of_the_other(pair):
-    """The L402 way: the 402 from A, the payment, the proof shown to B."""
+@pytest.mark.parametrize("at", ["a", "b"])
+async def test_a_payment_seen_by_one_router_is_heard_by_the_readers_of_the_other(pair, at: str):
+    """The L402 way: the 402 from A, the payment, the proof shown to B, the worker at either."""
     a, b = pair
-    async with worker_at(b, known_at=a) as worker:
+    at_a = at == "a"
+    async with worker_at(a if at_a else b, known_at=b if at_a else a) as worker:
         body = CHAT | {"stream": True}
         due = (await a.http.post("/v1/chat/completions", json=body)).json()
         preimage = await a.pay(due["invoice"])
