@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
-from router.api.short_ways import BODY, FRAMES, FrameHandler
+from router.api.short_ways import FRAMES, LINE, FrameHandler
 
 # Of a request without its body; credentials of several kilobytes fit many times over.
 MAX_HEAD_BYTES = 64 << 10
@@ -57,6 +58,7 @@ class PatientHttp(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                cast(dict[str, Any], cycle.scope)["extensions"][LINE].gone()
 
     def _readable(self) -> None:
         if self._full is not None:
@@ -82,7 +84,8 @@ class PatientHttp(HttpToolsProtocol):
             self._unfinished = [one for one in self._unfinished if not one.response_complete]
             self._unfinished.append(self.cycle)
             scope = cast(dict[str, Any], self.cycle.scope)
-            scope.setdefault("extensions", {})[BODY] = DirectConnection(self.cycle)
+            scope.setdefault("extensions", {})[LINE] = DirectConnection(self.cycle)
+            self.cycle.transport = cast(asyncio.Transport, HeadWithBody(self.transport, self.loop))
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -93,8 +96,45 @@ class PatientHttp(HttpToolsProtocol):
         super().on_message_complete()
 
 
+class HeadWithBody:
+    """A transport that sends the head of an answer together with what of its body comes at once.
+
+    uvicorn writes them one after the other, and a write is a system call and a packet. A head that
+    nothing follows goes out before the event loop turns to others.
+    """
+
+    __slots__ = ("_held", "_loop", "_transport", "_wrote")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held = b""
+        self._wrote = False
+
+    def write(self, data: bytes) -> None:
+        if self._wrote:
+            held, self._held = self._held, b""
+            self._transport.write(held + data if held else data)
+            return
+        self._wrote = True
+        self._held = data
+        self._loop.call_soon(self._let_go)
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, b""
+        if held:
+            self._transport.write(held)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._let_go()
+        self._transport.close()
+
+
 class DirectConnection:
-    """`router.api.short_ways.BodyWriter` for one request and its answer.
+    """`router.api.short_ways.ClientLine` for one request and its answer.
 
     Referred to weakly, as the scope that has this is the request's: a cycle would stay in memory,
     with all that was asked, until Python's collector comes.
@@ -102,6 +142,19 @@ class DirectConnection:
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = weakref.ref(cycle)
+        self._told: Callable[[], None] | None = None
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        self._told = told
+        cycle = self._cycle()
+        if cycle is None or cycle.disconnected:
+            asyncio.get_running_loop().call_soon(self.gone)
+
+    def gone(self) -> None:
+        """The client has gone before the end of the answer."""
+        told, self._told = self._told, None
+        if told is not None:
+            told()
 
     def ready(self) -> bool:
         cycle = self._cycle()

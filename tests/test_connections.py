@@ -8,12 +8,12 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from router.connections import MUCH_BYTES, StraightFrames
+from router.connections import MUCH_BYTES, HeadWithBody, StraightFrames
 from tests.door_tools import CHAT, until_state
 from tests.router_rig import MODEL, PATIENCE_S, Rig
 
@@ -151,3 +151,72 @@ async def test_one_that_sends_without_end_is_read_in_turns_with_others(
     assert reply.json()["choices"][0]["message"]["content"] == "x" * 200_000 * 40
     large = [reading for size, reading in pieces if size >= MUCH_BYTES]
     assert large and not any(large)
+
+
+class Written:
+    """A transport that remembers each write."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.writes.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_head_goes_out_with_what_follows_at_once_and_else_without():
+    loop = asyncio.get_running_loop()
+    together, apart, alone = Written(), Written(), Written()
+    answers = [HeadWithBody(cast(Any, one), loop) for one in (together, apart, alone)]
+    for answer in answers:
+        answer.write(b"head")
+    answers[0].write(b" body")
+    answers[2].close()
+    assert (together.writes, apart.writes, alone.writes) == ([b"head body"], [], [b"head"])
+    await asyncio.sleep(0)
+    assert apart.writes == [b"head"]
+    for answer in answers[:2]:
+        answer.write(b"more")
+    await asyncio.sleep(0)
+    assert together.writes == [b"head body", b"more"] and apart.writes == [b"head", b"more"]
+    assert alone.closed and alone.writes == [b"head"]
+
+
+async def test_a_streamed_answer_and_a_whole_one_come_in_as_few_writes_as_can_be(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    writes: list[bytes] = []
+    write = HeadWithBody.write
+    let_go = HeadWithBody._let_go
+
+    def counted(self: HeadWithBody, data: bytes) -> None:
+        if self._wrote:
+            writes.append(self._held + data)
+        write(self, data)
+
+    def late(self: HeadWithBody) -> None:
+        if self._held:
+            writes.append(self._held)
+        let_go(self)
+
+    payer = await router.bearer()
+    monkeypatch.setattr(HeadWithBody, "write", counted)
+    monkeypatch.setattr(HeadWithBody, "_let_go", late)
+    async with router.worker() as worker:
+        for stream, most in ((True, 2), (False, 1)):
+            writes.clear()
+            asked = asyncio.create_task(
+                router.http.post(
+                    "/v1/chat/completions", json=CHAT | {"stream": stream}, headers=payer
+                )
+            )
+            await worker.serve("Hi.")
+            assert (await asked).status_code == 200
+            assert 1 <= len(writes) <= most and writes[0].startswith(b"HTTP/1.1 200 OK")

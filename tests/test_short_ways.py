@@ -114,7 +114,7 @@ async def test_what_could_not_be_written_straight_is_not_left_out(
 async def test_a_server_that_offers_no_connection_serves_streams_as_well(
     router: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(openai, "body_writer", lambda scope: None)
+    monkeypatch.setattr(openai, "client_line", lambda scope: None)
     text, straight, _ = await _answer(router, monkeypatch)
     assert (text, straight) == ("".join(WORDS), 0)
 

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, MutableMapping
+from collections.abc import AsyncGenerator, Callable, MutableMapping
 from typing import Any
 
 import pytest
 
+from router.api.leaving import ClientGone, UnlessGone
+from router.api.short_ways import LINE
 from router.api.sse import EventStream
 
 PATIENCE_S = 5.0
 
 
 class Wire:
-    """The server's end of one request."""
+    """The server's end of one request, which may tell by itself that the client has gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool) -> None:
         self.sent: list[MutableMapping[str, Any]] = []
         self.gone = asyncio.Event()
         self.grew = asyncio.Event()
+        self.tells = tells
+        self.told: Callable[[], None] | None = None
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        return {"type": "http", "extensions": {LINE: self} if self.tells else {}}
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        self.told = told
+
+    def go(self) -> None:
+        self.gone.set()
+        if self.told is not None:
+            self.told()
 
     async def receive(self) -> dict[str, Any]:
+        assert not self.tells
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
@@ -49,9 +66,9 @@ class Source:
             self.closed = True
 
 
-@pytest.fixture
-def wire() -> Wire:
-    return Wire()
+@pytest.fixture(params=[True, False], ids=["told", "listening"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    return Wire(tells=request.param)
 
 
 @pytest.fixture
@@ -60,7 +77,7 @@ def source() -> Source:
 
 
 def _start(stream: EventStream, wire: Wire) -> asyncio.Task[None]:
-    return asyncio.create_task(stream({"type": "http"}, wire.receive, wire.send))
+    return asyncio.create_task(stream(wire.scope, wire.receive, wire.send))
 
 
 async def _until_sent(wire: Wire, text: bytes) -> None:
@@ -90,7 +107,7 @@ async def test_a_client_that_goes_is_noticed_while_nothing_is_said(wire: Wire, s
     task = _start(EventStream(source.events(), on_gone=lambda: gone.append("gone")), wire)
     source.queue.put_nowait(b"one")
     await _until_sent(wire, b"one")
-    wire.gone.set()
+    wire.go()
     await asyncio.wait_for(task, PATIENCE_S)
     assert not task.cancelled()
     assert source.closed and gone == ["gone"]
@@ -117,3 +134,62 @@ async def test_a_source_that_fails_ends_the_answer_unfinished(wire: Wire):
     with pytest.raises(RuntimeError, match="broken"):
         await asyncio.wait_for(_start(EventStream(failing()), wire), PATIENCE_S)
     assert all(message.get("more_body") is not False for message in wire.sent)
+
+
+async def test_work_for_a_client_ends_when_it_goes_and_by_a_word_of_its_own(wire: Wire):
+    async def work() -> None:
+        with UnlessGone(wire.scope, wire.receive):
+            await asyncio.sleep(PATIENCE_S)
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    wire.go()
+    with pytest.raises(ClientGone):
+        await asyncio.wait_for(working, PATIENCE_S)
+
+
+async def test_whoever_is_stopped_while_the_client_goes_is_stopped(wire: Wire):
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            with UnlessGone(wire.scope, wire.receive):
+                await asyncio.sleep(PATIENCE_S)
+        finally:
+            ended.set()
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    working.cancel()
+    wire.go()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(working, PATIENCE_S)
+    assert ended.is_set()
+
+
+async def test_whoever_goes_after_the_work_disturbs_nobody(wire: Wire):
+    async def work() -> int:
+        with UnlessGone(wire.scope, wire.receive):
+            await asyncio.sleep(0)
+        wire.go()
+        await asyncio.sleep(0.01)
+        return 7
+
+    assert await asyncio.create_task(work()) == 7
+    assert wire.told is None
+
+
+async def test_what_fails_while_the_client_goes_fails_as_it_does(wire: Wire):
+    async def work() -> None:
+        with UnlessGone(wire.scope, wire.receive):
+            try:
+                await asyncio.sleep(PATIENCE_S)
+            finally:
+                raise RuntimeError("broken")
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    wire.go()
+    with pytest.raises(RuntimeError, match="broken"):
+        await asyncio.wait_for(working, PATIENCE_S)
+    assert not working.cancelling()

@@ -19,9 +19,9 @@ from router import workers
 from router.api.answers import answer, core_of, noted, read_object
 from router.api.decentralgpt_shapes import SUCCESS, envelope, node_status
 from router.api.errors import Problem
+from router.api.leaving import ClientGone
 from router.api.openai import AnswerFailed, bought_answer
 from router.api.purchase import PaymentRequired, Style, payment_body
-from router.api.waiting import ClientGone
 from router.core import Core
 from router.errors import BadRequest, Forbidden, Unauthorized
 from router.http_endpoints import is_loopback

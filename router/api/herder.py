@@ -25,9 +25,10 @@ from router.api import purchase
 from router.api.answers import answer, core_of, noted, read_object
 from router.api.errors import Problem
 from router.api.info import dearest_rates, herder_block, satoshi_text
+from router.api.leaving import ClientGone
 from router.api.openai_shapes import answer_headers, answered, job_problem
 from router.api.purchase import PaymentRequired, Style, payment_body
-from router.api.waiting import ClientGone, outcomes
+from router.api.waiting import outcomes
 from router.core import Core
 from router.errors import BadRequest, FeeTooHigh
 from router.following import answer_text

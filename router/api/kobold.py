@@ -18,9 +18,10 @@ from router import door_ids, kobold_params, text_workers
 from router.api import purchase
 from router.api.answers import answer, core_of, noted, read_object
 from router.api.errors import Problem
+from router.api.leaving import ClientGone
 from router.api.polling import POLLED, WAITED_FOR, Progress, progress
 from router.api.purchase import PaymentRequired, Purchase, Style, payment_body
-from router.api.waiting import ClientGone, outcomes
+from router.api.waiting import outcomes
 from router.core import Core
 from router.door_ids import Door, as_uuid
 from router.errors import BadRequest, NoSuchThing

@@ -14,11 +14,12 @@ from router.api.answers import answer, core_of, noted, read_json
 from router.api.decentralgpt_shapes import SUCCESS
 from router.api.errors import Problem
 from router.api.forms import is_form, read_form
+from router.api.leaving import ClientGone
 from router.api.openai_stream import AnswerStream
 from router.api.purchase import AT_ONCE, PaymentRequired, Purchase, Style, payment_body
-from router.api.short_ways import body_writer
+from router.api.short_ways import client_line
 from router.api.sse import EventStream
-from router.api.waiting import ClientGone, abandon, outcomes
+from router.api.waiting import abandon, outcomes
 from router.core import Core
 from router.errors import BadRequest, NoSuchThing
 from router.job_views import Outcome
@@ -194,7 +195,7 @@ def _whole(wanted: requests.Request, jobs: Sequence[tuple[str, Outcome]]) -> dic
 async def _streamed(
     core: Core, request: Request, wanted: requests.Request, bought: Purchase
 ) -> Response:
-    stream = AnswerStream(core, wanted, bought, body_writer(request.scope))
+    stream = AnswerStream(core, wanted, bought, client_line(request.scope))
     try:
         problem = await stream.first_output()
     except BaseException:

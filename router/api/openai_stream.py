@@ -12,7 +12,7 @@ from router.api import openai_shapes as shapes
 from router.api import sse
 from router.api.errors import Problem, problem_of
 from router.api.purchase import Purchase
-from router.api.short_ways import BodyWriter
+from router.api.short_ways import ClientLine
 from router.api.waiting import abandon
 from router.core import Core
 from router.database import DatabaseUnavailable
@@ -39,7 +39,7 @@ class AnswerStream:
         core: Core,
         wanted: requests.Request,
         bought: Purchase,
-        direct: BodyWriter | None = None,
+        direct: ClientLine | None = None,
     ) -> None:
         self._core = core
         self._wanted = wanted
@@ -108,7 +108,7 @@ class AnswerStream:
 class _Wire:
     """A reader's way straight to the client's connection, for an answer of one job."""
 
-    def __init__(self, direct: BodyWriter, writer: _Writer) -> None:
+    def __init__(self, direct: ClientLine, writer: _Writer) -> None:
         self._direct = direct
         self._writer = writer
         self.ready = direct.ready

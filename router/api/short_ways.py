@@ -11,14 +11,14 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-BODY = "satherd.body_writer"
+LINE = "satherd.client_line"
 FRAMES = "satherd.frame_source"
 
 FrameHandler = Callable[[str], None]
 
 
-class BodyWriter(Protocol):
-    """The connection of a request whose answer has begun."""
+class ClientLine(Protocol):
+    """The connection of a request; what is said of parts of a body is so once its answer has begun."""
 
     def ready(self) -> bool:
         """Whether it takes a part of a body now: the client reads, and is there."""
@@ -26,6 +26,10 @@ class BodyWriter(Protocol):
 
     def write(self, body: bytes) -> None:
         """Send a part of the body, after all that went through `send`. Only when `ready`."""
+        ...
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        """Have somebody told that the client has gone before the end of the answer; None: nobody."""
         ...
 
 
@@ -41,9 +45,9 @@ class FrameSource(Protocol):
     def check(self) -> None: ...
 
 
-def body_writer(scope: Scope) -> BodyWriter | None:
+def client_line(scope: Scope) -> ClientLine | None:
     """What the server of a request offers, if anything."""
-    return (scope.get("extensions") or {}).get(BODY)
+    return (scope.get("extensions") or {}).get(LINE)
 
 
 def frame_source(scope: Scope) -> FrameSource | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from router.api.leaving import ClientGone, UnlessGone
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -36,8 +38,8 @@ class Last(bytes):
 class EventStream(StreamingResponse):
     """An answer that streams events. `on_gone` is called when the client leaves before the end.
 
-    Sent from the task of the request, with one more that listens for the client's leave: what
-    Starlette starts for each stream costs as much as pricing a job does.
+    Sent from the task of the request: what Starlette starts for each stream costs as much as pricing
+    a job does.
     """
 
     def __init__(
@@ -54,27 +56,8 @@ class EventStream(StreamingResponse):
         self._on_gone = on_gone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.current_task()
-        assert sending is not None
-        left = False
-
-        def stop_sending(listening: asyncio.Task[None]) -> None:
-            nonlocal left
-            left = True
-            sending.cancel()
-
-        listening = asyncio.create_task(_until_gone(receive))
-        listening.add_done_callback(stop_sending)
-        try:
+        with contextlib.suppress(ClientGone), UnlessGone(scope, receive):
             await self._send_all(send)
-        except asyncio.CancelledError:
-            if not left:
-                raise
-            # It was our own word to ourselves, and it has done its work.
-            sending.uncancel()
-        finally:
-            listening.remove_done_callback(stop_sending)
-            listening.cancel()
 
     async def _send_all(self, send: Send) -> None:
         finished = False
@@ -96,8 +79,3 @@ class EventStream(StreamingResponse):
             if not finished and self._on_gone is not None:
                 self._on_gone()
             await self._events.aclose()
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
