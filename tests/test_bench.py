@@ -169,7 +169,7 @@ def test_figures_can_be_read_by_people_and_programs(tmp_path: Path, capsys):
     assert "1,000" in shown and "0.50" in shown and "a note" in shown
     body = json.loads(path.read_text())
     assert body["reports"][0]["rows"] == [{"n": 1_000, "share": 0.5, "of": None}]
-    assert body["machine"]["cores"] >= 1
+    assert body["machine"]["cores"] >= 1 and 5 < body["machine"]["python_step_ns"] < 50_000
 
 
 @pytest.mark.parametrize(
