@@ -15,6 +15,7 @@ from typing import Any
 from billing.invoices import (
     Clock,
     Credit,
+    LockStarted,
     Purpose,
     State,
     Transaction,
@@ -82,6 +83,8 @@ class InvoiceWatcher:
 
     `at_once(receipt)` does the same for a quote that is paid in time and in full, in fewer steps and
     a transaction of its own. It returns what to call after that, or None when it has done nothing.
+
+    `lock`: see `record_settlement`.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class InvoiceWatcher:
         on_credit: OnCredit,
         *,
         at_once: AtOnce | None = None,
+        lock: LockStarted | None = None,
         clock: Clock = utc_now,
     ) -> None:
         self._transaction = transaction
         self._backend = backend
         self._on_credit = on_credit
         self._at_once = at_once
+        self._lock = lock
         self._clock = clock
         self._tasks: list[asyncio.Task] = []
         self._settling: set[asyncio.Task[bool]] = set()
@@ -252,6 +257,7 @@ class InvoiceWatcher:
                 received_msat=receipt.received_msat,
                 settled_at=receipt.settled_at,
                 joined_at=self.joined_at,
+                lock=self._lock,
             )
             if isinstance(credit, Credit):
                 after = await self._start(connection, credit)

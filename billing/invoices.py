@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -154,6 +154,9 @@ class Unassigned:
     payment_hash: str
 
 
+LockStarted = Callable[[Any, Purpose, str], Awaitable[None]]
+
+
 async def record_settlement(
     connection: Any,
     *,
@@ -161,11 +164,14 @@ async def record_settlement(
     received_msat: int,
     settled_at: datetime,
     joined_at: datetime | None = None,
+    lock: LockStarted | None = None,
 ) -> Credit | Unassigned | None:
     """Credit a receipt, once. None when it was known already, or is none of these books': the node
     was paid it before `joined_at`.
 
-    Runs in the caller's transaction, with the invoice's row locked.
+    Runs in the caller's transaction, with the invoice's row locked. `lock(connection, purpose,
+    reference)` locks what the payment may start, which has to come before balances: whoever ends it
+    locks it in that order.
     """
     row = await connection.fetchrow(
         "select * from invoices where payment_hash = $1 for update", payment_hash
@@ -196,6 +202,8 @@ async def record_settlement(
         settled_at,
         received_msat,
     )
+    if lock is not None:
+        await lock(connection, Purpose(row["purpose"]), row["reference"])
     owner = ledger.client(row["account_id"])
     await ledger.post(
         connection, [Transfer(ledger.LIGHTNING, owner, received_msat, "received", payment_hash)]

@@ -146,6 +146,7 @@ def join(
         backend,
         lambda connection, credit: _on_credit(core, connection, credit),
         at_once=lambda receipt: _start_at_once(core, paid, receipt),
+        lock=_lock_bumped,
         clock=clock,
     )
     reconciler = Reconciler(
@@ -365,6 +366,14 @@ def _on_queued(core: Core, jobs: Sequence[NewJob]) -> None:
     """Jobs wait, as they were bought here."""
     core.dispatcher.wake()
     core.announcer.queued(jobs)
+
+
+async def _lock_bumped(connection: Any, purpose: Purpose, reference: str) -> None:
+    """Lock the job that a payment raises: it may be ended at the same time. One that is not paid for
+    yet holds nothing that could be given back."""
+    if purpose is Purpose.BUMP:
+        job_id = reference.partition(":")[0]
+        await connection.execute("select from jobs where id = $1 for update", job_id)
 
 
 async def _on_credit(core: Core, connection: Any, credit: Credit) -> Callable[[], None] | None:

@@ -193,3 +193,28 @@ async def test_a_bump_and_a_submission_of_the_same_key_do_not_wait_for_each_othe
             await connection.execute("set local lock_timeout = '500ms'")
             assert await accounts.spend(connection, job["key_id"], 1)
         assert (await raising).status_code == 200
+
+
+async def test_a_paid_bump_and_the_end_of_its_job_do_not_wait_for_each_other(router: Rig):
+    """Whoever ends a job locks it, and then balances; so does whoever credits a bump of it."""
+    payer = await router.bearer(3000)
+    async with router.worker() as worker:
+        await busy_worker(router, worker)
+        links = await post_job(router, payer)
+        due = (await bump(router, links, offer_msat=9064)).json()
+        (job,) = await router.query("select * from jobs where id = $1", links["id"])
+        async with router.core.database.transaction() as connection:
+            await connection.execute("select from jobs where id = $1 for update", job["id"])
+            await router.pay(due["invoice"])
+            async with asyncio.timeout(10):
+                while not await connection.fetchval(
+                    "select exists (select from pg_locks where not granted)"
+                ):
+                    await asyncio.sleep(0.01)
+            # Had the payment the balance by now, PostgreSQL would end one of the two.
+            await connection.execute("set local lock_timeout = '500ms'")
+            assert await ledger.lock_balances(connection, [ledger.client(job["account_id"])])
+        async with asyncio.timeout(10):
+            while not await router.query("select from jobs where held_msat = 9064"):
+                await asyncio.sleep(0.02)
+    assert (await router.books()).in_order
