@@ -233,6 +233,8 @@ async def _check_books(database: Database, node: NodeInfo, clock: Callable) -> N
 
 async def _start(core: Core, stack: AsyncExitStack) -> None:
     await patiently(partial(_load, core), patience_s=OWN_PATIENCE_S)
+    # Before the first request, which others' workers may serve.
+    await patiently(core.presence.turn, patience_s=OWN_PATIENCE_S)
     for part in (
         core.writer,
         core.jobs.hub,

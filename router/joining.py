@@ -322,6 +322,7 @@ def _payout_settings(settings: Settings) -> PayoutSettings:
 def _on_bus_up(core: Core) -> None:
     """The bus is there, or there again: what was said meanwhile was not heard."""
     core.presence.say()
+    core.presence.ask()
     core.relay.ask_all_again()
     core.far_jobs.look_at_all()
     core.dispatcher.wake()

@@ -49,6 +49,11 @@ _WRITE = """
 insert into routers (id, started_at, seen_at, workers) values ($1, now(), clock_timestamp(), $2)
 on conflict (id) do update set seen_at = clock_timestamp(), workers = excluded.workers"""
 
+# Its age by the database's own clock, which wrote it.
+_OTHERS = """
+select id, seen_at, workers, extract(epoch from clock_timestamp() - seen_at)::float8 as age_s
+from routers where id <> $1"""
+
 _FORGET = "delete from routers where seen_at < now() - interval '1 day'"
 
 
@@ -84,6 +89,7 @@ class Presence:
         self.on_change: Callable[[], None] = lambda: None
         self._fleet.on_change = self._changed.set
         relay.on_hello = self._on_hello
+        relay.listen("who", lambda sender: relay.bus.send(sender, self._hello()))
 
     @property
     def others(self) -> int:
@@ -144,8 +150,15 @@ class Presence:
     def say(self) -> None:
         """Tell the others of our workers now: one has just joined, or the bus is back."""
         if not self._relay.bus.alone:
-            lasts = self._market.last_multiplier_milli
-            self._relay.bus.tell_all(["hello", self._summary(), lasts])
+            self._relay.bus.tell_all(self._hello())
+
+    def ask(self) -> None:
+        """Have the others say now what they have: we may be new here, or were away from the bus."""
+        if not self._relay.bus.alone:
+            self._relay.bus.tell_all(["who"])
+
+    def _hello(self) -> list[Any]:
+        return ["hello", self._summary(), self._market.last_multiplier_milli]
 
     async def _say_for_ever(self) -> None:
         while True:
@@ -182,9 +195,7 @@ class Presence:
         async with self._database.connection() as connection:
             await connection.execute(_WRITE, self._router_id, json.dumps(self._summary()))
             await connection.execute(_FORGET)
-            rows = await connection.fetch(
-                "select id, seen_at, workers from routers where id <> $1", self._router_id
-            )
+            rows = await connection.fetch(_OTHERS, self._router_id)
             await self._note_workers(connection)
         if time.monotonic() - began > WRITE_S:
             # The database was slow for us, and so for them.
@@ -195,9 +206,12 @@ class Presence:
         for row in rows:
             peer = self._peers.get(row["id"])
             if peer is None:
-                # It may have died long ago: its row has to move before it counts as alive.
-                peer = self._peers[row["id"]] = Peer(time.monotonic() - STALE_S)
+                # It may have died long ago: then its row has to move before it counts as alive.
+                silent_s = min(max(row["age_s"], 0.0), STALE_S)
+                peer = self._peers[row["id"]] = Peer(time.monotonic() - silent_s)
                 peer.seen_at = row["seen_at"]
+                if silent_s < STALE_S:
+                    news.append((row["id"], peer, row["workers"]))
             elif peer.seen_at != row["seen_at"]:
                 peer.seen_at, peer.alive_at = row["seen_at"], time.monotonic()
                 # What it says on the bus is newer than what it has written.
