@@ -3,11 +3,16 @@ a process three times what asking something costs (docs/performance.md).
 
 So those that were just used stay out of the pool, and the last used is the next to be used. Who finds
 none takes one from the pool, and waits there if all are in use; then what comes back goes to the pool.
+
+A server that hangs (stopped, cut off without a word) keeps whoever is waiting for it. So that not all
+others wait behind them, nobody is given a connection while none of those in use has been answered for
+SILENT_S, but for one a second who tries.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -16,6 +21,10 @@ import asyncpg
 IDLE_S = 300.0
 # After this time one goes back to the pool, which makes it anew when it has done enough.
 OUT_S = 3600.0
+SILENT_S = 5.0
+TRY_EVERY_S = 1.0
+# How long what was broken off may take to stop at the server; then its connection is given up.
+STOP_S = 1.0
 
 
 class KeptConnections:
@@ -28,6 +37,9 @@ class KeptConnections:
         # When each that is out of the pool was taken out of it.
         self._out_since: dict[Any, float] = {}
         self._most = pool.get_max_size() - 1
+        # Since when each that is in use is, when one was last answered, and when it was last tried.
+        self._used_since: dict[Any, float] = {}
+        self._answered_at = self._tried_at = float("-inf")
         self._waiting = 0
         self._closing = False
 
@@ -38,6 +50,23 @@ class KeptConnections:
 
     async def take(self, *, timeout_s: float) -> Any:
         """A connection, to be given back. Raises what asyncpg raises, and TimeoutError."""
+        self._refuse_while_silent()
+        connection = await self._take(timeout_s)
+        self._used_since[connection] = time.monotonic()
+        return connection
+
+    def _refuse_while_silent(self) -> None:
+        now = time.monotonic()
+        if now - self._answered_at < SILENT_S or not self._used_since:
+            return
+        since = max(self._answered_at, min(self._used_since.values()))
+        if now - since < SILENT_S:
+            return
+        if now - self._tried_at < TRY_EVERY_S:
+            raise TimeoutError(f"the database has not answered for {now - since:.0f} s")
+        self._tried_at = now
+
+    async def _take(self, timeout_s: float) -> Any:
         while self._kept:
             used_at, connection = self._kept.pop()
             if time.monotonic() - used_at < IDLE_S and _is_open(connection):
@@ -54,6 +83,9 @@ class KeptConnections:
     async def give_back(self, connection: Any, *, well: bool) -> None:
         """`well`: whoever used it came to the end, so that nothing is under way on it."""
         now = time.monotonic()
+        self._used_since.pop(connection, None)
+        if well:
+            self._answered_at = now
         wanted = not (self._closing or self._waiting or len(self._kept) >= self._most)
         wanted = wanted and now - self._out_since[connection] < OUT_S
         if well and wanted and _is_open(connection) and not connection.is_in_transaction():
@@ -78,7 +110,9 @@ class KeptConnections:
     async def _release(self, connection: Any) -> None:
         """To the pool; harmless for one that it has taken back already, since it was closed."""
         self._out_since.pop(connection, None)
-        await self.pool.release(connection)
+        # One that does not stop in time has been terminated.
+        with suppress(TimeoutError):
+            await self.pool.release(connection, timeout=STOP_S)
 
 
 def _is_open(connection: Any) -> bool:
