@@ -311,17 +311,29 @@ async def _refresh_for_ever(core: Core) -> None:
 
 
 async def drain(core: Core) -> None:
-    """Take nothing new; let what runs finish for a while; give back the rest. Twice is harmless."""
+    """Take nothing new; let what runs finish for a while; give back the rest. Twice is harmless.
+
+    Where there are other routers, workers go to them: each as soon as it has nothing in hand, and in
+    the end with what it has. A worker that knows no other is back here when this one is.
+    """
     if core.draining:
         return
     log.info("router stops: no new work, what runs is finished")
     core.draining = True
     core.dispatcher.paused = True
+    core.presence.leave()
     core.gate.drain_all()
+    goes_on = core.presence.others > 0
     try:
         async with asyncio.timeout(core.settings.drain_s):
-            while core.attempts.running:
+            while core.attempts.running or core.gate.awaits_any:
+                if goes_on:
+                    core.gate.let_idle_go()
                 await asyncio.sleep(0.05)
     except TimeoutError:
+        log.info("%d jobs still run: their workers may take them along", len(core.attempts.running))
+    if goes_on:
+        await core.gate.hand_over()
+    if core.attempts.running:
         log.warning("%d jobs are given back unfinished", len(core.attempts.running))
     await core.gate.close_all()

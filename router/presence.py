@@ -85,6 +85,8 @@ class Presence:
         self._looked_at = float("-inf")
         self._changed = asyncio.Event()
         self._noted: set[str] | None = None
+        # What is said of our workers while this router stops.
+        self._last_words: list[dict[str, Any]] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.on_change: Callable[[], None] = lambda: None
         self._fleet.on_change = self._changed.set
@@ -134,6 +136,12 @@ class Presence:
             asyncio.create_task(self._write_for_ever(), name="presence-write"),
             asyncio.create_task(self._say_for_ever(), name="presence-say"),
         ]
+
+    def leave(self) -> None:
+        """This router is about to stop, and its workers to come to the others: they count on them
+        until the end, as busy. To be called while they still take jobs."""
+        self._last_words = [group | {"idle": 0, "free": 0} for group in self._summary()]
+        self.say()
 
     async def stop(self) -> None:
         """Say goodbye, so that nobody counts on the workers of a router that is shut down."""
@@ -286,6 +294,8 @@ class Presence:
         self.on_change()
 
     def _summary(self) -> list[dict[str, Any]]:
+        if self._last_words is not None:
+            return self._last_words
         groups: dict[tuple[Any, ...], list[Worker]] = {}
         for worker in self._fleet.all():
             if not worker.draining and not worker.asks_elsewhere:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ from billing.errors import BadLightningAddress
 from billing.lightning_address import LightningAddresses
 from router import job_store, queenbee, workers
 from router.asks import Asks, fault_of
-from router.attempts import Attempts
+from router.attempts import Attempts, RunningAttempt
 from router.database import Database
 from router.http_endpoints import Endpoints
 from router.http_sessions import HttpSession, HttpWorker
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 STORED_AT_ONCE = 3
 
 CHECK_S = 1.0
+# How long a worker that was let go may take until it is at another router.
+COME_S = 3.0
+HAND_OVER_EVERY_S = 0.05
 REGISTRATIONS_PER_MINUTE = 30
 # Codes of a bad address that may be gone at the next try.
 _PASSING = frozenset({"unreachable", "busy", "too_many_lookups", "bad_answer", "payee_error"})
@@ -84,6 +88,9 @@ class WorkerGate:
         self._registrations = Windows()
         self._endpoints = Endpoints(settings)
         self.sessions: dict[str, Session] = {}
+        # Of workers that were let go: when, and what they may take along.
+        self._let_go: dict[str, tuple[float, list[RunningAttempt]]] = {}
+        self._come: set[str] = set()
         self._storing = asyncio.Semaphore(STORED_AT_ONCE)
         self.on_idle: Callable[[], None] = lambda: None
         self.on_admitted: Callable[[str], None] = lambda worker_id: None
@@ -284,6 +291,8 @@ class WorkerGate:
     def come_elsewhere(self, worker_id: str) -> None:
         """A worker has connected to another router: its session here, if there is one, is dead; that
         of one which polls goes on, but it is counted there."""
+        if worker_id in self._let_go:
+            self._come.add(worker_id)
         session = self.sessions.get(worker_id)
         if session is not None and session.worker.pulls:
             session.worker.asks_elsewhere = True
@@ -396,8 +405,40 @@ class WorkerGate:
         for session in self.sessions.values():
             session.drain()
 
+    def let_idle_go(self) -> None:
+        """Let workers go to other routers that have nothing in hand here."""
+        for session in list(self.sessions.values()):
+            if isinstance(session, WorkerSession) and not session.worker.busy:
+                self._let(session)
+
+    async def hand_over(self) -> None:
+        """Let all workers go that can take along what they hold, and wait until they are elsewhere."""
+        for session in list(self.sessions.values()):
+            if isinstance(session, WorkerSession):
+                self._let(session)
+        while self.awaits_any:
+            await asyncio.sleep(HAND_OVER_EVERY_S)
+
+    @property
+    def awaits_any(self) -> bool:
+        """Whether some worker that was let go may come to another router in a moment."""
+        now = time.monotonic()
+        return any(
+            now - at < COME_S for who, (at, _) in self._let_go.items() if who not in self._come
+        )
+
+    def _let(self, session: WorkerSession) -> None:
+        if not session.closed:
+            self._let_go[session.worker.id] = time.monotonic(), session.let_go()
+
     async def close_all(self) -> None:
         """End all sessions; what their workers still hold is given back or settled."""
+        for _, held in self._let_go.values():
+            for running in held:
+                # Of one that goes on elsewhere this says nothing any more.
+                self._attempts.fail(
+                    running, outcome="cut", blame="router", error="the router is shutting down"
+                )
         for session in list(self.sessions.values()):
             session.cut("the router is shutting down", blame="router")
         await self._attempts.settle_all()

@@ -156,6 +156,13 @@ class WorkerSession:
             self._stopping[job_id] = time.monotonic()
             self.send(Cancel(job_id=job_id, attempt=attempt).model_dump_json())
 
+    def let_go(self) -> list[RunningAttempt]:
+        """Close the line, so that the worker goes on at another router; what it may take along."""
+        self.closed = True
+        held, self._held = list(self._held.values()), {}
+        self._closing = asyncio.create_task(self._connection.close(1001, "the router stops"))
+        return held
+
     def drain(self) -> None:
         """Give it no more jobs; it finishes what it holds."""
         self.worker.draining = True
