@@ -6,7 +6,7 @@ none takes one from the pool, and waits there if all are in use; then what comes
 
 A server that hangs (stopped, cut off without a word) keeps whoever is waiting for it. So that not all
 others wait behind them, nobody is given a connection while none of those in use has been answered for
-SILENT_S, but for one a second who tries.
+SILENT_S, and for a second more nobody who came then; but for one a second who tries.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class KeptConnections:
         # When each that is out of the pool was taken out of it.
         self._out_since: dict[Any, float] = {}
         self._most = pool.get_max_size() - 1
-        # Since when each that is in use is, when one was last answered, and when it was last tried.
+        # Since when each that is in use is, when one was last answered, since when its silence has been
+        # noticed, and when it was last tried.
         self._used_since: dict[Any, float] = {}
-        self._answered_at = self._tried_at = float("-inf")
+        self._answered_at = self._doubted_at = self._tried_at = float("-inf")
         self._waiting = 0
         self._closing = False
 
@@ -62,9 +63,13 @@ class KeptConnections:
         since = max(self._answered_at, min(self._used_since.values()))
         if now - since < SILENT_S:
             return
-        if now - self._tried_at < TRY_EVERY_S:
-            raise TimeoutError(f"the database has not answered for {now - since:.0f} s")
-        self._tried_at = now
+        if self._doubted_at <= since:
+            # Perhaps somebody has only asked for much: who comes within the next second finds out.
+            self._doubted_at = now
+        elif now - self._doubted_at >= TRY_EVERY_S:
+            if now - self._tried_at < TRY_EVERY_S:
+                raise TimeoutError(f"the database has not answered for {now - since:.0f} s")
+            self._tried_at = now
 
     async def _take(self, timeout_s: float) -> Any:
         while self._kept:
