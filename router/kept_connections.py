@@ -40,7 +40,8 @@ class KeptConnections:
         # Since when each that is in use is, when one was last answered, since when its silence has been
         # noticed, and when it was last tried.
         self._used_since: dict[Any, float] = {}
-        self._answered_at = self._doubted_at = self._tried_at = float("-inf")
+        self._answered_at = self._tried_at = float("-inf")
+        self._doubted_at: float | None = None
         self._waiting = 0
         self._closing = False
 
@@ -63,7 +64,7 @@ class KeptConnections:
         since = max(self._answered_at, min(self._used_since.values()))
         if now - since < SILENT_S:
             return
-        if self._doubted_at <= since:
+        if self._doubted_at is None:
             # Perhaps somebody has only asked for much: who comes within the next second finds out.
             self._doubted_at = now
         elif now - self._doubted_at >= TRY_EVERY_S:
@@ -90,7 +91,7 @@ class KeptConnections:
         now = time.monotonic()
         self._used_since.pop(connection, None)
         if well:
-            self._answered_at = now
+            self._answered_at, self._doubted_at = now, None
         wanted = not (self._closing or self._waiting or len(self._kept) >= self._most)
         wanted = wanted and now - self._out_since[connection] < OUT_S
         if well and wanted and _is_open(connection) and not connection.is_in_transaction():
