@@ -2,7 +2,7 @@
 # Both make what they need in .venv the first time; llama.cpp is compiled once (two to seven minutes).
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null && \
-	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= .satherd/demo
@@ -19,7 +19,7 @@ test: $(VENV)/.dev ## lint, types, import contracts, all tests
 	@$(MAKE) --no-print-directory lint
 	PYTHONDONTWRITEBYTECODE= SATHERD_TEST_HORDE_SDK=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -57,4 +57,4 @@ clean: ## remove the environment and the demo's state
 	rm -rf $(VENV) .satherd
 
 help:
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
