@@ -304,11 +304,17 @@ async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
     if outcome_of(row) is not None:
         return None, row
     stream = jobs.hub.open(job_id, State(row["state"]), row["attempt"])
-    # It may have ended between our look and our opening: then nobody would ever tell this stream.
-    row = await jobs.row(job_id)
-    ended = outcome_of(row)
-    if ended is not None and stream.outcome is None:
-        jobs.hub.drop(job_id)
+    # Counted as read meanwhile: a stream without readers is dropped as soon as its job is heard of,
+    # and whoever came to read it then would wait for ever.
+    stream.readers += 1
+    try:
+        # It may have ended between our look and our opening: then nobody would ever tell this stream.
+        row = await jobs.row(job_id)
+    finally:
+        stream.readers -= 1
+    if outcome_of(row) is not None and stream.outcome is None:
+        if not stream.readers:
+            jobs.hub.drop(job_id)
         return None, row
     jobs.found(row)
     return stream, row
