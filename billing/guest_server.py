@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ class GuestServer(uvicorn.Server):
     def stop(self) -> None:
         """Let `serve` answer what is under way, close and return. Twice is harmless."""
         self._stopping.set()
+
+    def stop_listening(self) -> None:
+        """Take no new connections, and none that is idle for another request; WebSockets stay."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpToolsProtocol):
+                connection.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -90,6 +90,7 @@ def create_app(
         async with running_core(settings, clock=clock, exchange=exchange) as core:
             app.state.core = core
             app.state.drain = partial(drain, core)
+            app.state.others = lambda: core.presence.others
             if settings.simulated:
                 app.state.simulated_http = httpx.AsyncClient(
                     base_url=settings.simulated_url or "", trust_env=False, verify=public_tls()

@@ -78,6 +78,10 @@ class RouterServer:
             return
         task, self._task = self._task, None
         try:
+            others = getattr(self.app.state, "others", None)
+            if others is not None and others():
+                # Whoever comes is served there, and would only be refused here.
+                self._server.stop_listening()
             # Before uvicorn closes sockets, of which the workers' are some.
             drain = getattr(self.app.state, "drain", None)
             if drain is not None:

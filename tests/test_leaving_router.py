@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 
 from router.app import drain
-from tests.pair_rig import running_pair, worker_at
+from router.bus import Exchange
+from tests.pair_rig import SECRET, running_pair, worker_at
 from tests.reading import CHAT, PATIENCE_S, Reader, until
-from tests.router_rig import Rig, ScriptedWorker
+from tests.router_rig import Rig, ScriptedWorker, running_network, running_router
 
 JOB = CHAT | {"kind": "chat"}
 
@@ -104,3 +107,53 @@ async def test_what_a_worker_does_not_take_along_is_given_back_at_once(
         await until(waits)
         async with b.worker() as other:
             assert (await other.job())["job_id"] == job["job_id"]
+
+
+async def test_a_router_that_stops_takes_no_new_connections_and_ends_its_streams(
+    tmp_path: Path, database_url: str
+):
+    """A load balancer then goes to another, in place of handing on what this one would refuse."""
+    exchange = Exchange()
+    async with (
+        AsyncExitStack() as stack,
+        running_network(tmp_path) as (network, url),
+        running_router(
+            tmp_path / "b", database_url, network, url, exchange=exchange, secret=SECRET
+        ) as b,
+    ):
+        start_of_a = running_router(
+            tmp_path / "a",
+            database_url,
+            network,
+            url,
+            exchange=exchange,
+            secret=SECRET,
+            drain_s=60,
+        )
+        a = await stack.enter_async_context(start_of_a)
+        key = await a.bearer()
+        async with (
+            worker_at(a, known_at=b) as worker,
+            httpx.AsyncClient(base_url=a.url, timeout=PATIENCE_S, trust_env=False) as kept,
+            httpx.AsyncClient(trust_env=False) as new,
+        ):
+            reader = Reader(kept, key)
+            job = await worker.job()
+            await worker.say(job, "Half of it")
+            await reader.until_shown("Half of it")
+            stopping = asyncio.create_task(stack.aclose())
+
+            async def is_refused() -> bool:
+                try:
+                    await new.get(f"{a.url}/info", headers={"Connection": "close"})
+                except httpx.ConnectError:
+                    return True
+                return False
+
+            await until(is_refused, timeout_s=PATIENCE_S / 2)
+            assert not stopping.done()
+            await worker.say(job, " and the rest.", seq=1)
+            await worker.finish(job, tokens=5)
+            await asyncio.wait_for(reader.task, PATIENCE_S)
+            assert reader.done and reader.text == "Half of it and the rest."
+            await asyncio.wait_for(stopping, PATIENCE_S)
