@@ -7,6 +7,7 @@ A last filter blacks out whatever looks like a credential all the same.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sys
@@ -102,6 +103,13 @@ def set_up(log_format: str, *, file: Path | None = None, screen_level: int = log
     # Requests of our own HTTP clients name outside addresses with their queries.
     for noisy in ("httpx", "httpcore", "uvicorn", "alembic", "websockets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(is_no_cancellation)
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """A filter against tracebacks of requests that are cut off because the router stops, which uvicorn
+    takes for faults of the application."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def formatter(log_format: str, *, colors: bool) -> logging.Formatter:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,18 @@ SECRETS = [
     "ADMIN_TOKEN: 0123456789abcdef",
     "Password=correct-horse",
 ]
+
+
+ROOT = Path(__file__).parent.parent
+CUT_OFF = """
+import asyncio, logging
+from router import logs
+logs.set_up("text")
+log = logging.getLogger("uvicorn.error")
+log.error("first", exc_info=asyncio.CancelledError())
+log.error("second", exc_info=ValueError())
+log.error("third")
+"""
 
 
 def record(message: str, *args: object, **more: object) -> logging.LogRecord:
@@ -69,3 +83,12 @@ def test_a_name_that_a_stranger_gave_makes_no_line_of_its_own(log_format: str):
     line = formatter(log_format, colors=False).format(record("worker registered models=%s", name))
     assert line.isprintable()
     assert "payout paid" in line and "end" in line
+
+
+def test_a_request_that_is_cut_off_by_a_stop_is_no_fault():
+    """uvicorn logs it as one of the application."""
+    said = subprocess.run(
+        [sys.executable, "-c", CUT_OFF], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stderr
+    assert "CancelledError" not in said and "first" not in said
+    assert "second" in said and "ValueError" in said and "third" in said
