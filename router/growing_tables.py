@@ -18,6 +18,9 @@ TABLES = (
     "job_chunks",
     "ledger_balances",
     "ledger_transfers",
+    "invoices",
+    "account_keys",
+    "idempotency",
 )
 # From this size on, in pages of 8 KiB, autovacuum is soon enough: no plan reads all of such a table.
 MOST_PAGES = 1_000

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from router import growing_tables
 from router.database import Database
 
@@ -68,3 +70,53 @@ async def test_large_tables_are_left_to_autovacuum(database: Database):
             assert await growing_tables.analyze(connection) == []
         finally:
             growing_tables.MOST_PAGES = before
+
+
+# What every purchase is looked up in: by its invoice, its key, or the Idempotency-Key of its client.
+_LOOKED_UP = {
+    "invoices": (
+        "payment_hash, account_id, purpose, reference, amount_msat, bolt11, state, token_id,"
+        " claim_hash, created_at, expires_at",
+        "'k' || g, 'a', 'quote', 'q' || g, 1, 'lnbc', 'open', '', sha256(g::text::bytea), now(), now()",
+        "payment_hash = $1",
+    ),
+    "account_keys": (
+        "key_hash, id, account_id, can_withdraw, is_primary",
+        "sha256(g::text::bytea), 'k' || g, 'a' || g, false, true",
+        "key_hash = any(array[sha256($1::bytea)])",
+    ),
+    "idempotency": (
+        "scope, key, request_hash, quote_id",
+        "'k' || g, 'once', '', 'q' || g",
+        "scope = $1 and key = 'once'",
+    ),
+}
+
+
+@pytest.mark.parametrize("table", _LOOKED_UP)
+async def test_whoever_buys_is_found_at_once_in_a_market_that_has_just_opened(
+    database: Database, table: str
+):
+    columns, values, where = _LOOKED_UP[table]
+
+    async def add(jobs: range) -> None:
+        await connection.execute(
+            f"insert into {table} ({columns}) select {values}"
+            f" from generate_series({jobs.start}, {jobs.stop - 1}) g"
+        )
+
+    async def reads_it_all() -> bool:
+        explained = await connection.fetchval("explain (format json) execute find('k7')")
+        return "Seq Scan" in explained
+
+    async with database.transaction() as connection:
+        await connection.execute("set local plan_cache_mode = force_generic_plan")
+        await add(range(1, 5))
+        await connection.execute(f"analyze {table}")
+        await connection.execute(f"prepare find (text) as select 1 from {table} where {where}")
+        assert await reads_it_all()
+        await add(range(5, 5_000))
+        assert await reads_it_all()
+        assert await growing_tables.analyze(connection) == [table]
+        assert not await reads_it_all()
+        await connection.execute("deallocate find")
