@@ -43,14 +43,21 @@ MOST_FIRST = 512
 DEMANDED_S = 60.0
 
 
-async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: bool) -> list[str]:
+async def lanes_of(
+    connection: Any, workers: Sequence[Worker], fleet: Fleet, *, demanding: bool
+) -> list[str]:
     """All lanes that these workers drain, also those that only the queue can name: of models that
-    nobody has listed, and, if `demanding`, of jobs that demand more of their worker than a model."""
+    nobody has listed, and, if `demanding`, of jobs that demand more of their worker than a model.
+
+    Of the latter the fleet is told, if nothing was known of them.
+    """
     # Workers that are alike share their set of lanes.
     sets = list({id(worker.lanes): worker.lanes for worker in workers}.values())
     able = workers if demanding else [worker for worker in workers if worker.offers is not None]
     many = sum(map(len, sets)) > MOST_PROBES
     waiting = await waiting_lanes(connection) if able or many else []
+    if demanding and not _met_lately(fleet):
+        fleet.note_demands(waiting)
     if many:
         lanes = {lane for lane in waiting if any(lane in drained for drained in sets)}
     else:
@@ -61,6 +68,10 @@ async def lanes_of(connection: Any, workers: Sequence[Worker], *, demanding: boo
         if lane not in lanes and any(worker.drains(lane) for worker in able)
     }
     return sorted(lanes)
+
+
+def _met_lately(fleet: Fleet) -> bool:
+    return time.monotonic() - fleet.demanded_at <= DEMANDED_S
 
 
 def floors_of(lanes: Sequence[str], idle: Sequence[Worker]) -> list[int] | None:
@@ -140,14 +151,16 @@ class Dispatcher:
 
     async def dispatch_once(self) -> bool:
         """Match and claim once; True when another look may find more."""
-        # Workers that are alike in their lanes may differ in what a job demands.
-        demanding = self._demanding()
-        idle = self._fleet.idle(None if demanding else MOST_ALIKE)
+        idle = self._fleet.idle(MOST_ALIKE)
         if not idle:
+            # Nobody is looked for: that is no look for demands either.
             return False
+        if demanding := self._demanding():
+            # Workers that are alike in their lanes may differ in what a job demands.
+            idle = self._fleet.idle()
         most = sum(worker.free_slots for worker in idle) + SPARE_HEADS
         async with self._database.connection() as connection:
-            lanes = await lanes_of(connection, idle, demanding=demanding)
+            lanes = await lanes_of(connection, idle, self._fleet, demanding=demanding)
             floors = floors_of(lanes, idle)
             candidates = await heads(connection, lanes, most=most, floors=floors)
         pairs = match(candidates, self._fleet, self._commission_ppm(), idle)
@@ -172,7 +185,7 @@ class Dispatcher:
         if (
             self.paused
             or not idle
-            or time.monotonic() - self._fleet.demanded_at <= DEMANDED_S
+            or _met_lately(self._fleet)
             or any(worker.floors or worker.offers is not None for worker in idle)
         ):
             return []
@@ -236,7 +249,7 @@ class Dispatcher:
         """Whether to look for jobs that demand something: while this router has seen one not long
         ago, and otherwise once a second, for those that others have queued."""
         now = time.monotonic()
-        if now - self._fleet.demanded_at > DEMANDED_S and now - self._looked_at < POLL_S:
+        if not _met_lately(self._fleet) and now - self._looked_at < POLL_S:
             return False
         self._looked_at = now
         return True
@@ -251,7 +264,8 @@ class Dispatcher:
         """
         while not self.paused and worker.free_slots > 0:
             async with self._database.connection() as connection:
-                lanes = await lanes_of(connection, [worker], demanding=self._demanding())
+                demanding = self._demanding()
+                lanes = await lanes_of(connection, [worker], self._fleet, demanding=demanding)
                 floors = floors_of(lanes, [worker])
                 most = 1 + SPARE_HEADS * (4 if suits else 1)
                 candidates = await heads(connection, lanes, most=most, floors=floors)

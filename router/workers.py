@@ -211,7 +211,7 @@ class Fleet:
         self._lanes: WeakValueDictionary[_Limits, frozenset[str]] = WeakValueDictionary()
         self._room = Room()
         self.edges = Edges()
-        # When a job was last seen here that demands more of its worker than a model.
+        # When a job was last met here that demands more of its worker than a model.
         self.demanded_at = -math.inf
 
     def add(self, worker: Worker) -> None:
@@ -303,6 +303,12 @@ class Fleet:
         if most_each is not None and len(self._workers) > most_each:
             return self._room.idle(most_each)
         return [w for w in self._workers.values() if not w.pulls and w.free_slots > 0]
+
+    def note_demands(self, waiting: Iterable[str]) -> None:
+        """Jobs wait in these lanes: whether a worker here, idle or not, meets what one demands."""
+        lanes = [lane for lane in waiting if lane.startswith("@")]
+        if any(worker.drains(lane) for lane in lanes for worker in self._workers.values()):
+            self.demanded_at = time.monotonic()
 
     def look_for_room(self) -> None:
         """Go through all workers: some may have room again for no reason that we were told."""
