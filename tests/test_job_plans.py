@@ -6,6 +6,7 @@ thousands of rows for each that waits still.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,7 @@ ENDED = 3000
 _LOOK: list[Any] = [[LANE], 16, [0], False]
 _TAKE: list[Any] = [["a", "b"], ["w"] * 2, ["r"] * 2, [0] * 2, [datetime.now(UTC)] * 2]
 _TAKE += [["queued"], "running", [None] * 2]
+_GIVE: list[Any] = [["a", "b"], [1, 1], "queued", ["running"], ["r", "r"]]
 _END: list[Any] = [["a", "b"], ["{}"] * 2, '[{"attempt": 1}, {"attempt": 1}]', "[]", "r", 600.0]
 _END += ["running", []]
 
@@ -51,15 +53,32 @@ async def one_of_many_waits(connection: Any) -> None:
     )
 
 
+async def plan_of(connection: Any, statement: str, values: list[Any], kind: str) -> dict[str, Any]:
+    """The plan for these values, or the one that is kept for any values: an explanation that is given
+    values is always of the former."""
+    if kind == "custom":
+        prepared = await connection.prepare(statement)
+        (explained,) = await prepared.explain(*values)
+    else:
+        await connection.execute("set local plan_cache_mode = force_generic_plan")
+        await connection.execute(f"prepare kept as {statement}")
+        unknown = ", ".join(["null"] * len(values))
+        text = await connection.fetchval(f"explain (format json) execute kept ({unknown})")
+        await connection.execute("deallocate kept")
+        (explained,) = json.loads(text)
+    return explained["Plan"]
+
+
 @pytest.mark.parametrize("kind", ["custom", "generic"])
 @pytest.mark.parametrize(
     "statement, values",
     [
         (job_queue._HEADS, _LOOK),
         (job_store._CLAIM, _TAKE),
+        (job_store._GIVE_BACK, _GIVE),
         (plain_endings._END, _END),
     ],
-    ids=["look", "claim", "ending"],
+    ids=["look", "claim", "give back", "ending"],
 )
 async def test_jobs_are_looked_up_by_their_ids_alone(
     database: Database, statement: str, values: list[Any], kind: str
@@ -67,10 +86,8 @@ async def test_jobs_are_looked_up_by_their_ids_alone(
     async with database.transaction() as connection:
         await one_of_many_waits(connection)
         await connection.execute("analyze jobs")
-        await connection.execute(f"set local plan_cache_mode = force_{kind}_plan")
-        prepared = await connection.prepare(statement)
-        (explained,) = await prepared.explain(*values)
-    assert set(scans(explained["Plan"])) == {"jobs_pkey"}
+        plan = await plan_of(connection, statement, values, kind)
+    assert set(scans(plan)) == {"jobs_pkey"}
 
 
 async def test_what_is_run_for_one_row_or_many_is_not_planned_anew_each_time(database: Database):
