@@ -303,6 +303,7 @@ async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
     row = await jobs.row(job_id)
     if outcome_of(row) is not None:
         return None, row
+    opened_here = jobs.hub.get(job_id) is None
     stream = jobs.hub.open(job_id, State(row["state"]), row["attempt"])
     # Counted as read meanwhile: a stream without readers is dropped as soon as its job is heard of,
     # and whoever came to read it then would wait for ever.
@@ -310,6 +311,11 @@ async def _attach(jobs: Jobs, job_id: str) -> tuple[JobStream | None, Any]:
     try:
         # It may have ended between our look and our opening: then nobody would ever tell this stream.
         row = await jobs.row(job_id)
+    except BaseException:
+        # Whoever came has gone, or the database: of a job that ended meanwhile nobody speaks any more.
+        if opened_here and stream.readers == 1:
+            jobs.forget_stream(job_id)
+        raise
     finally:
         stream.readers -= 1
     if outcome_of(row) is not None and stream.outcome is None:

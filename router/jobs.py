@@ -90,9 +90,7 @@ class Jobs:
         finally:
             if submitted is None or submitted.repeated:
                 for job in quote.jobs:
-                    # Whoever asked may have gone when a worker has it already.
-                    if job.id not in self._attempts.running:
-                        self.hub.drop(job.id)
+                    self.forget_stream(job.id)
         assert submitted is not None
         if not submitted.repeated:
             log.debug("jobs queued quote=%s jobs=%d", quote.id, len(quote.jobs))
@@ -181,6 +179,12 @@ class Jobs:
         """A job was found alive and will be read here: of one that runs elsewhere we ask there."""
         if row["state"] == State.RUNNING and row["router_id"] != self._router_id:
             self._relay.follow(row["id"], row["router_id"], row["attempt"])
+
+    def forget_stream(self, job_id: str) -> None:
+        """Whoever opened a job's stream has gone, and nobody reads it: nothing is kept of it, unless a
+        worker here has the job already."""
+        if job_id not in self._attempts.running:
+            self.hub.drop(job_id)
 
     def left(self, stream: JobStream) -> None:
         """The last reader of a job that is alive has gone."""
