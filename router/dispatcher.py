@@ -37,7 +37,8 @@ MOST_ALIKE = 64
 # Lanes that are looked into one by one. A worker may list hundreds of models and drain a thousand lanes
 # with each: of more than this, only those are looked into in which something waits.
 MOST_PROBES = 2_000
-# Of more lanes than these no job is asked to be the first.
+# Of more lanes than these no job is asked to be the first, and a batch of jobs not of more than
+# MOST_PROBES together.
 MOST_FIRST = 512
 # For so long after a job that demands something, each dispatch looks for such jobs.
 DEMANDED_S = 60.0
@@ -80,6 +81,21 @@ def floors_of(lanes: Sequence[str], idle: Sequence[Worker]) -> list[int] | None:
     if not any(worker.min_fees for worker in idle):
         return None
     return [min((w.floor_milli(lane) for w in idle if w.drains(lane)), default=0) for lane in lanes]
+
+
+def _of_few_lanes(pairs: Sequence[tuple[Candidate, Worker]]) -> dict[str, Worker]:
+    """The workers of jobs, by these; without those that would have the statement look into too many
+    lanes. Workers that are alike share theirs."""
+    few: dict[str, Worker] = {}
+    counted: set[int] = set()
+    left = MOST_PROBES
+    for candidate, worker in pairs:
+        more = 0 if id(worker.lanes) in counted else len(worker.lanes)
+        if len(worker.lanes) <= MOST_FIRST and more <= left:
+            counted.add(id(worker.lanes))
+            left -= more
+            few[candidate.job_id] = worker
+    return few
 
 
 class Dispatcher:
@@ -191,12 +207,8 @@ class Dispatcher:
             return []
         # Whoever serves one of several models is charged at its rates: such jobs have to be looked at.
         plain = [candidate for candidate in candidates if candidate.choices is None]
-        workers = {
-            candidate.job_id: worker
-            for candidate, worker in match(plain, self._fleet, self._commission_ppm(), idle)
-            if len(worker.lanes) <= MOST_FIRST
-        }
-        return overtaking_nobody(candidates, workers, self._left)
+        pairs = match(plain, self._fleet, self._commission_ppm(), idle)
+        return overtaking_nobody(candidates, _of_few_lanes(pairs), self._left)
 
     async def start_bought(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from billing import ledger
 from billing.trial_balance import trial_balance
-from router import job_store, job_submits
+from router import dispatcher, job_store, job_submits
 from router.database import Database
 from router.errors import NotEnoughBalance
 from router.job_records import Claim, Claimed, Seat, Submission, Submitted
@@ -186,6 +187,28 @@ async def test_of_those_bought_together_the_dearest_gets_the_seat_and_then_the_f
         buyers = Buyers(router)
         await router.core.dispatcher.start_bought([(j, j.lanes) for j in jobs], buyers.buy)
         assert [s.claim.job_id for s in buyers.kept] == [jobs[3].id, jobs[1].id]
+
+
+async def test_one_statement_does_not_look_into_the_lanes_of_everybody(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """Workers with hundreds of lanes each, all of them different, would make all buyers wait."""
+    names = [f"model-{n}" for n in range(3)]
+    async with AsyncExitStack() as stack:
+        for n, name in enumerate(names):
+            served = {"id": name, "kind": "text", "context_length": 2048, "max_tokens": 1000 + n}
+            await stack.enter_async_context(router.worker(slots=2, models=[served]))
+        workers = {worker.models[0].id: worker for worker in router.core.fleet.all()}
+        lanes = {
+            name: next(x for x in worker.lanes if name in x) for name, worker in workers.items()
+        }
+        jobs = [new_job(lane=lanes[name], model=name) for name in names for _ in range(2)]
+        most = sum(len(worker.lanes) for worker in list(workers.values())[:2])
+        monkeypatch.setattr(dispatcher, "MOST_PROBES", most)
+        buyers = Buyers(router)
+        await router.core.dispatcher.start_bought([(j, j.lanes) for j in jobs], buyers.buy)
+        assert len({seat.drains for seat in buyers.kept}) == 2
+        assert [s.claim.job_id for s in buyers.kept] == [job.id for job in jobs[:4]]
 
 
 async def test_what_pays_less_than_the_only_worker_asks_gets_no_seat(router: Rig):
