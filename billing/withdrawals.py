@@ -100,8 +100,9 @@ class Withdrawals:
         """
         payout_id = _id_of(account_id, idempotency_key)
         async with self._transaction() as connection:
-            known = await find_payout(connection, payout_id)
+            # In this order: what the same order has taken meanwhile is not missed in the balance.
             balance_msat = await ledger.balance_msat(connection, ledger.client(account_id))
+            known = await find_payout(connection, payout_id)
         if known is not None:
             return known
         payee = self._addresses.parse(address)

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
-from billing import ledger
+from billing import ledger, withdrawals
 from tests.balance_tools import balance, bearer, code, paid, topup
 from tests.router_rig import PATIENCE_S, Rig
 
@@ -79,6 +80,29 @@ async def test_everything_is_withdrawn_to_an_address_once_for_each_idempotency_k
     assert code(other) == (409, "idempotency_conflict")
     rest = await balance(router, proof)
     assert rest["balance_msat"] == 200_000 - 195_000 - done["fee_msat"]
+    assert (await router.books()).in_order
+
+
+async def test_the_same_order_that_comes_while_the_first_is_taken_is_the_same_withdrawal(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    _, proof, _ = await paid(router, 200_000)
+    headers = proof | {"Idempotency-Key": "cash-out-2"}
+    address = f"alice@{router.lnurl_host}"
+    first: list[httpx.Response] = []
+    find_payout = withdrawals.find_payout
+
+    async def meanwhile(connection: Any, payout_id: str) -> Any:
+        monkeypatch.setattr(withdrawals, "find_payout", find_payout)
+        found = await find_payout(connection, payout_id)
+        first.append(await order(router, headers, address=address))
+        return found
+
+    monkeypatch.setattr(withdrawals, "find_payout", meanwhile)
+    second = await order(router, headers, address=address)
+    assert (first[0].status_code, second.status_code) == (202, 202), second.text
+    assert first[0].json()["id"] == second.json()["id"]
+    await ended(router, second.json()["id"], proof)
     assert (await router.books()).in_order
 
 
