@@ -2,7 +2,7 @@
 
     python -m bench.run [--quick] [--full] [--seconds S] [--json FILE]       (= make bench)
 
-About six minutes, `--quick` about two. For figures that can be compared, let nothing else run.
+About seven minutes, `--quick` about two. For figures that can be compared, let nothing else run.
 `python -m bench.peers` puts other gateways and queues beside; `python bench/worker_speed.py` measures
 the llama.cpp engine.
 """
@@ -19,6 +19,7 @@ from bench import (
     memory,
     overload,
     paid_jobs,
+    server_worker,
     settled_to_assigned,
     streamed_tokens,
 )
@@ -27,6 +28,7 @@ from bench.figures import Options, Report, run
 BENCHES = (
     paid_jobs,
     streamed_tokens,
+    server_worker,
     l402_jobs,
     settled_to_assigned,
     claim,

@@ -23,6 +23,7 @@ from bench import (
     paid_jobs,
     peer_processes,
     peers,
+    server_worker,
     settled_to_assigned,
     streamed_tokens,
 )
@@ -109,6 +110,14 @@ async def test_an_overload_loses_nothing_and_is_over_when_nobody_comes_any_more(
     assert row["answered"] > 0 and row["refunded"] > 0 and row["saw their place"] > 0
     assert row["MiB most"] < 3 * row["MiB before"]
     assert row["/info p99 ms"] > 0 and row["admin p99 ms"] > 0
+
+
+async def test_a_worker_before_a_server_is_measured_beside_its_router():
+    async with scene(throw_away=True, pin=False) as stage:
+        row = await server_worker.server_worker(stage, streamed=True, seconds=1.0)
+        assert await stage.books_in_order()
+    assert row["tokens/s"] > 0 and row["first token p50 ms"] > 0
+    assert row["worker µs/token"] > 0 and row["CPU µs/token"] > 0
 
 
 async def test_the_instant_model_server_answers_whole_and_in_steps():

@@ -382,7 +382,6 @@ async def test_embeddings_that_are_missing_fail_the_job():
 async def test_a_server_that_has_gone_is_noticed():
     async with engine_for(OpenAIServerStandIn()) as engine:
         assert await engine.check()
-        client = engine._client  # pyright: ignore[reportAttributeAccessIssue]
-        client.base_url = "http://127.0.0.1:9"
+        engine._server.url = "http://127.0.0.1:9"  # pyright: ignore[reportAttributeAccessIssue]
         assert not await engine.check()
         assert await failure(engine, chat()) is FailureCode.ENGINE_ERROR

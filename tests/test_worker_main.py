@@ -151,12 +151,12 @@ async def test_a_worker_whose_server_is_not_there_exits_with_69_to_be_started_ag
 
 
 BASE_INSTALL = {
-    "annotated_types", "anyio", "certifi", "dotenv", "h11", "httpcore", "httpx", "idna", "pydantic",
-    "pydantic_core", "pydantic_settings", "sniffio", "typing_extensions", "typing_inspection",
-    "websockets",
+    "aiohappyeyeballs", "aiohttp", "aiosignal", "annotated_types", "attr", "attrs", "certifi", "dotenv",
+    "frozenlist", "idna", "multidict", "propcache", "pydantic", "pydantic_core", "pydantic_settings",
+    "typing_extensions", "typing_inspection", "uvloop", "websockets", "yarl",
 }  # fmt: skip
-# httpx takes these for its own command if they are there.
-OPTIONAL = {"click", "markdown_it", "mdurl", "pygments", "rich"}
+# aiohttp takes these if they are there.
+OPTIONAL = {"aiodns", "backports", "brotli", "brotlicffi", "pycares", "zlib_ng"}
 
 
 async def test_a_worker_with_a_remote_engine_needs_the_base_install_only():

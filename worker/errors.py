@@ -25,6 +25,9 @@ EXIT_SOFTWARE = 70
 EXIT_CONFIG = 78
 """EX_CONFIG: do not restart, somebody must change a setting."""
 
+EXIT_INTERRUPTED = 130
+"""Ctrl-C before the worker could take it as a wish to stop; what a shell reports for it."""
+
 
 class WorkerError(Exception):
     """Base of all errors of this package."""

@@ -13,10 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import ValidationError
 
+if sys.platform != "win32":
+    import uvloop
+
 from worker.connection import Connection, ConnectionLost
 from worker.connection import connect as connect_websocket
 from worker.engines import Engine, Progress, open_engine
-from worker.errors import EXIT_CONFIG, EngineAway, WorkerError
+from worker.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EngineAway, WorkerError
 from worker.hardware import survey
 from worker.holding import Holding
 from worker.protocol import Registered, Registration
@@ -197,9 +200,6 @@ def _version() -> str | None:
 
 def main() -> int:
     """Run a worker with the settings of the environment; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # One line for every request to a remote engine is too much, and its URL may hold a secret.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = WorkerSettings()
     except ValidationError as error:
@@ -207,11 +207,22 @@ def main() -> int:
             field = "_".join(str(part) for part in mistake["loc"])
             print(f"SATHERD_{field.upper()}: {mistake['msg']}", file=sys.stderr)
         return EXIT_CONFIG
+    return serve(settings)
+
+
+def serve(settings: WorkerSettings) -> int:
+    """A process that is this worker and nothing else; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        asyncio.run(run_worker(settings))
+        if sys.platform == "win32":
+            asyncio.run(run_worker(settings))
+        else:
+            uvloop.run(run_worker(settings))
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -14,10 +14,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
-
 from worker.engines import Done, Progress, Sink
-from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
+from worker.engines.remote import Server, json_object, open_server
 from worker.engines.stopping import unless_cancelled
 from worker.engines.text_stream import TextStream
 from worker.errors import EngineStartError, JobError
@@ -57,7 +55,7 @@ SAMPLING = {
 def from_settings(settings: WorkerSettings) -> KoboldCppEngine:
     """The engine for SATHERD_ENGINE_URL."""
     return KoboldCppEngine(
-        open_client(settings, DEFAULT_URL),
+        open_server(settings, DEFAULT_URL),
         shown_as=settings.model_name or settings.model,
         slots=settings.slots or 1,
         context=settings.context,
@@ -67,11 +65,11 @@ def from_settings(settings: WorkerSettings) -> KoboldCppEngine:
 
 
 class KoboldCppEngine:
-    """Passes jobs on to `client`'s server, one at a time unless it is known to take more."""
+    """Passes jobs on to `server`, one at a time unless it is known to take more."""
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        server: Server,
         *,
         shown_as: str | None = None,
         slots: int = 1,
@@ -80,7 +78,7 @@ class KoboldCppEngine:
         template: ChatTemplate = ChatTemplate.ALPACA,
         busy_pause_s: float = BUSY_PAUSE_S,
     ) -> None:
-        self._client = client
+        self._server = server
         self._shown_as = shown_as
         self._slots = slots
         self._context_set = context
@@ -102,7 +100,7 @@ class KoboldCppEngine:
         return self._slots
 
     async def start(self, progress: Progress) -> None:
-        progress(0, f"asking {self._client.base_url} for its model")
+        progress(0, f"asking {self._server.url} for its model")
         name = await self._find_model()
         self._context = self._context_set or await self._config("max_context_length")
         longest = min(self._max_tokens_set or await self._config("max_length"), self._context)
@@ -134,36 +132,36 @@ class KoboldCppEngine:
         return Done(reason, await self._usage(prompt_tokens, text.whole))
 
     async def check(self) -> bool:
-        return await answers(self._client, f"{self._root}/model")
+        return await self._server.answers(f"{self._root}/model")
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._server.aclose()
 
     # --- what the server is ----------------------------------------------------------------------
 
     async def _find_model(self) -> str:
         try:
-            answer = await discover(self._client, f"{ROOTS[0]}/model")
+            answer = await self._server.discover(f"{ROOTS[0]}/model")
         except EngineStartError:
             # KoboldAI United knows it by this name only.
-            answer = await discover(self._client, f"{ROOTS[1]}/model")
+            answer = await self._server.discover(f"{ROOTS[1]}/model")
             self._root = ROOTS[1]
         name = answer.get("result") if isinstance(answer, dict) else None
         if not isinstance(name, str) or name in NO_MODEL:
-            raise EngineStartError(f"{self._client.base_url} has no model loaded")
+            raise EngineStartError(f"{self._server.url} has no model loaded")
         return name
 
     async def _config(self, what: str) -> int:
         # The true one: what a person set in KoboldCpp's page may be more than the model takes.
         if what == "max_context_length":
             with contextlib.suppress(EngineStartError):
-                answer = await discover(self._client, "/api/extra/true_max_context_length")
+                answer = await self._server.discover("/api/extra/true_max_context_length")
                 if isinstance(answer, dict) and isinstance(answer.get("value"), int):
                     return answer["value"]
-        answer = await discover(self._client, f"{self._root}/config/{what}")
+        answer = await self._server.discover(f"{self._root}/config/{what}")
         value = answer.get("value") if isinstance(answer, dict) else None
         if not isinstance(value, int) or value < 1:
-            raise EngineStartError(f"{self._client.base_url} does not tell its {what}")
+            raise EngineStartError(f"{self._server.url} does not tell its {what}")
         return value
 
     # --- the prompt ------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ class KoboldCppEngine:
                     raise
             # 404: an older server, which answers all at once.
             self._streams = False
-        answer = json_object((await self._post(f"{self._root}/generate", body)).text)
+        answer = await self._server.post(f"{self._root}/generate", body)
         try:
             result = answer["results"][0]
             text.add(result["text"])
@@ -238,33 +236,19 @@ class KoboldCppEngine:
 
     async def _stream(self, body: dict[str, Any], text: _Text) -> FinishReason:
         reason = None
-        try:
-            async with self._client.stream(
-                "POST", "/api/extra/generate/stream", json=body
-            ) as response:
-                await check(response)
-                async for data in sse_data(response):
-                    event = json_object(data)
-                    text.add(str(event.get("token", "")))
-                    reason = event.get("finish_reason") or reason
-        except httpx.HTTPError as error:
-            raise lost(error) from error
+        async with contextlib.aclosing(
+            self._server.events("/api/extra/generate/stream", body)
+        ) as events:
+            async for data in events:
+                event = json_object(data)
+                text.add(str(event.get("token", "")))
+                reason = event.get("finish_reason") or reason
         return _finish_reason(reason, text)
-
-    async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        try:
-            response = await self._client.post(path, json=body)
-        except httpx.HTTPError as error:
-            raise lost(error) from error
-        await check(response)
-        return response
 
     async def _abort(self, key: str) -> None:
         """Ask the server to stop; it may be one that cannot, or be gone."""
-        with contextlib.suppress(httpx.HTTPError):
-            await self._client.post(
-                "/api/extra/abort", json={"genkey": key}, timeout=ABORT_TIMEOUT_S
-            )
+        with contextlib.suppress(JobError):
+            await self._server.post("/api/extra/abort", {"genkey": key}, timeout_s=ABORT_TIMEOUT_S)
 
     # --- counting --------------------------------------------------------------------------------
 
@@ -280,12 +264,12 @@ class KoboldCppEngine:
         if not self._counts:
             return None
         try:
-            answer = await self._post("/api/extra/tokencount", {"prompt": text})
+            answer = await self._server.post("/api/extra/tokencount", {"prompt": text})
         except JobError as error:
             # Only a server without that path: a broken line may be whole again next time.
             self._counts = error.code is not FailureCode.MODEL_NOT_SERVED
             return None
-        value = json_object(answer.text).get("value")
+        value = answer.get("value")
         return value if isinstance(value, int) and value >= 0 else None
 
 

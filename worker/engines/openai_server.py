@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from pydantic import ValidationError
 
 from worker.engines import Done, Progress, Sink
-from worker.engines.remote import answers, check, discover, json_object, lost, open_client, sse_data
+from worker.engines.remote import Server, json_object, open_server
 from worker.engines.server_pictures import draw
 from worker.engines.stopping import unless_cancelled
 from worker.errors import EngineStartError, JobError
@@ -58,7 +58,7 @@ def from_settings(settings: WorkerSettings) -> OpenAIServerEngine:
     """The engine for SATHERD_ENGINE_URL; SATHERD_MODEL chooses among its models."""
     names = _names(settings.model)
     return OpenAIServerEngine(
-        open_client(settings, DEFAULT_URL),
+        open_server(settings, DEFAULT_URL),
         names=names,
         shown_as=settings.model_name,
         slots=settings.slots or SLOTS,
@@ -83,7 +83,7 @@ class _Answer:
 
 
 class OpenAIServerEngine:
-    """Passes jobs on to `client`'s server. `names` empty: every model that it lists.
+    """Passes jobs on to `server`. `names` empty: every model that it lists.
 
     `shown_as` renames the model, when there is only one. `context` overrides what the server says.
     `image_names` and `image_edit_names` are those of its models that make and change pictures.
@@ -91,7 +91,7 @@ class OpenAIServerEngine:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        server: Server,
         *,
         names: Sequence[str] = (),
         shown_as: str | None = None,
@@ -102,9 +102,9 @@ class OpenAIServerEngine:
         image_names: Sequence[str] = (),
         image_edit_names: Sequence[str] = (),
     ) -> None:
-        self._client = client
+        self._server = server
         # Both `http://host` and `http://host/v1` are what people write.
-        self._prefix = "" if client.base_url.path.rstrip("/").endswith("/v1") else "/v1"
+        self._prefix = "" if server.url.endswith("/v1") else "/v1"
         self._names = list(names)
         self._shown_as = shown_as
         self._slots = slots
@@ -128,16 +128,16 @@ class OpenAIServerEngine:
         return self._slots
 
     async def start(self, progress: Progress) -> None:
-        progress(0, f"asking {self._client.base_url} for its models")
-        listed = self._listed(await discover(self._client, f"{self._prefix}/models"))
+        progress(0, f"asking {self._server.url} for its models")
+        listed = self._listed(await self._server.discover(f"{self._prefix}/models"))
         names = self._names or list(dict.fromkeys([*listed, *self._of_pictures()]))
         if not names:
-            raise EngineStartError(f"{self._client.base_url} lists no models; set SATHERD_MODEL")
+            raise EngineStartError(f"{self._server.url} lists no models; set SATHERD_MODEL")
         # Servers that make pictures do not always list what makes them.
         missing = [n for n in names if listed and n not in listed and n not in self._of_pictures()]
         if missing:
             raise EngineStartError(
-                f"{self._client.base_url} has no model {missing[0]}; it has: {', '.join(listed)}"
+                f"{self._server.url} has no model {missing[0]}; it has: {', '.join(listed)}"
             )
         if self._shown_as and len(names) > 1:
             raise EngineStartError("SATHERD_MODEL_NAME needs SATHERD_MODEL to name one model")
@@ -153,7 +153,7 @@ class OpenAIServerEngine:
             return done or _CANCELLED
         if isinstance(job, ImageSpec | ImageEditSpec):
             name = self._server_names.get(job.model, job.model)
-            picture = await unless_cancelled(sink, draw(self._client, self._prefix, name, job))
+            picture = await unless_cancelled(sink, draw(self._server, self._prefix, name, job))
             return Done(FinishReason.STOP, images=[picture]) if picture else _CANCELLED
         answer = _Answer()
         finished = await unless_cancelled(sink, self._stream_patiently(job, sink, answer))
@@ -163,17 +163,17 @@ class OpenAIServerEngine:
         return Done(answer.finish_reason or FinishReason.STOP, answer.usage)
 
     async def check(self) -> bool:
-        return await answers(self._client, f"{self._prefix}/models")
+        return await self._server.answers(f"{self._prefix}/models")
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._server.aclose()
 
     # --- models ----------------------------------------------------------------------------------
 
     def _listed(self, answer: Any) -> dict[str, dict[str, Any]]:
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list):
-            raise EngineStartError(f"{self._client.base_url} does not list models as OpenAI does")
+            raise EngineStartError(f"{self._server.url} does not list models as OpenAI does")
         return {
             entry["id"]: entry
             for entry in entries
@@ -238,15 +238,11 @@ class OpenAIServerEngine:
     async def _read_stream(
         self, path: str, body: dict[str, Any], sink: Sink, answer: _Answer
     ) -> None:
-        try:
-            async with self._client.stream("POST", self._prefix + path, json=body) as response:
-                await check(response)
-                async for data in sse_data(response):
-                    if data.strip() == "[DONE]":
-                        break
-                    self._take(json_object(data), sink, answer)
-        except httpx.HTTPError as error:
-            raise lost(error) from error
+        async with aclosing(self._server.events(self._prefix + path, body)) as events:
+            async for data in events:
+                if data.strip() == b"[DONE]":
+                    break
+                self._take(json_object(data), sink, answer)
         if answer.finish_reason is None and not answer.wrote:
             raise JobError(FailureCode.ENGINE_ERROR, "the server's stream was empty")
 
@@ -282,12 +278,7 @@ class OpenAIServerEngine:
             "input": job.input,
             "encoding_format": "float",
         }
-        try:
-            response = await self._client.post(f"{self._prefix}/embeddings", json=body)
-            await check(response)
-        except httpx.HTTPError as error:
-            raise lost(error) from error
-        answer = json_object(response.text)
+        answer = await self._server.post(f"{self._prefix}/embeddings", body)
         try:
             entries = sorted(answer["data"], key=lambda entry: entry["index"])
             vectors = [[float(number) for number in entry["embedding"]] for entry in entries]

@@ -11,26 +11,23 @@ import base64
 import binascii
 from typing import Any
 
-import httpx
 from pydantic import ValidationError
 
-from worker.engines.remote import check, json_object, lost
+from worker.engines.remote import Server
 from worker.errors import JobError
 from worker.protocol import FailureCode, ImageEditSpec, ImageSpec, Picture
 
 
-async def draw(
-    client: httpx.AsyncClient, prefix: str, model: str, job: ImageSpec | ImageEditSpec
-) -> Picture:
+async def draw(server: Server, prefix: str, model: str, job: ImageSpec | ImageEditSpec) -> Picture:
     """The picture that a job asks for. Raises JobError."""
     fields = _fields(model, job)
     try:
-        return await _asked(client, prefix, job, {**fields, "response_format": "b64_json"})
+        return await _asked(server, prefix, job, {**fields, "response_format": "b64_json"})
     except JobError as error:
         if error.code is not FailureCode.BAD_REQUEST:
             raise
     # Perhaps it was that field; if it is refused again, it was another.
-    return await _asked(client, prefix, job, fields)
+    return await _asked(server, prefix, job, fields)
 
 
 def _fields(model: str, job: ImageSpec | ImageEditSpec) -> dict[str, Any]:
@@ -44,20 +41,16 @@ def _fields(model: str, job: ImageSpec | ImageEditSpec) -> dict[str, Any]:
 
 
 async def _asked(
-    client: httpx.AsyncClient,
+    server: Server,
     prefix: str,
     job: ImageSpec | ImageEditSpec,
     fields: dict[str, Any],
 ) -> Picture:
-    try:
-        if isinstance(job, ImageEditSpec):
-            response = await _edit(client, f"{prefix}/images/edits", job, fields)
-        else:
-            response = await client.post(f"{prefix}/images/generations", json=fields)
-        await check(response)
-    except httpx.HTTPError as error:
-        raise lost(error) from error
-    entries = json_object(response.text).get("data")
+    if isinstance(job, ImageEditSpec):
+        answer = await _edit(server, f"{prefix}/images/edits", job, fields)
+    else:
+        answer = await server.post(f"{prefix}/images/generations", fields)
+    entries = answer.get("data")
     if not isinstance(entries, list) or not entries:
         raise JobError(FailureCode.ENGINE_ERROR, "the server sent no picture")
     try:
@@ -70,14 +63,14 @@ async def _asked(
 
 
 async def _edit(
-    client: httpx.AsyncClient, path: str, job: ImageEditSpec, fields: dict[str, Any]
-) -> httpx.Response:
+    server: Server, path: str, job: ImageEditSpec, fields: dict[str, Any]
+) -> dict[str, Any]:
     """As OpenAI's form when the picture came along, as JSON with its URL when it did not (DG-4)."""
     given = {"image": job.image} | ({"mask": job.mask} if job.mask else {})
     if not all(value.startswith("data:") for value in given.values()):
-        return await client.post(path, json={**fields, **given})
+        return await server.post(path, {**fields, **given})
     files = {name: (f"{name}.png", *_content(value)) for name, value in given.items()}
-    return await client.post(path, data={k: str(v) for k, v in fields.items()}, files=files)
+    return await server.post_form(path, fields, files)
 
 
 def _content(data_url: str) -> tuple[bytes, str]:

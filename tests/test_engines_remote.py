@@ -1,0 +1,140 @@
+"""What engines in front of an HTTP server share: lines, events, proxies, connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tests.worker_stand_ins import http_server
+from worker.engines import remote
+from worker.engines.remote import Server, json_object, sse_data
+from worker.errors import JobError
+from worker.protocol import FailureCode
+
+STREAM = (
+    b": a comment\r\n\r\n"
+    b"data: one\n\n"
+    b"event: message\rdata:two\rid: 7\r\r"
+    b"data: three\r\ndata: four\r\n\r\n"
+    b"data\ndata: \n\n"
+    b"retry: 5\n\n"
+    b"data: last"
+)
+DATA = [b"one", b"two", b"three\nfour", b"\n", b"last"]
+
+
+async def _pieces(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+async def test_events_are_the_same_however_the_stream_is_cut(size: int):
+    pieces = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
+    assert [data async for data in sse_data(_pieces(*pieces))] == DATA
+
+
+async def test_a_line_without_an_end_fails_the_job(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "LONGEST_LINE_BYTES", 100)
+    with pytest.raises(JobError) as caught:
+        async for _ in sse_data(_pieces(*[b"data: " + b"x" * 60] * 2)):
+            pass
+    assert caught.value.code is FailureCode.ENGINE_ERROR
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b'"x"'])
+def test_what_is_no_object_fails_the_job(text: bytes):
+    with pytest.raises(JobError) as caught:
+        json_object(text)
+    assert caught.value.code is FailureCode.ENGINE_ERROR
+
+
+class Counting:
+    """Says `{"path": …}` to every POST; counts the connections that it is asked on."""
+
+    def __init__(self) -> None:
+        self.connections: set[tuple[str, int]] = set()
+        self.proxied: list[str] = []
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/events", self.stream, methods=["POST"]),
+            Route("/moved", self.move, methods=["POST"]),
+            Route("/{path:path}", self.say, methods=["GET", "POST"]),
+        ]
+
+    async def say(self, request: Request) -> Response:
+        self._note(request)
+        return JSONResponse({"path": request.url.path})
+
+    async def stream(self, request: Request) -> Response:
+        self._note(request)
+        return StreamingResponse(iter(["data: 1\n\n"]), media_type="text/event-stream")
+
+    async def move(self, request: Request) -> Response:
+        return Response(status_code=307, headers={"Location": "/elsewhere"})
+
+    def _note(self, request: Request) -> None:
+        assert request.client is not None
+        self.connections.add(request.client)
+        # A proxy is asked for the whole URL.
+        if request.headers["host"].startswith("model.invalid"):
+            self.proxied.append(request.headers["host"])
+
+
+async def test_connections_are_kept_and_as_many_as_requests_at_once():
+    counting = Counting()
+    async with http_server(*counting.routes()) as url:
+        server = Server(url, timeout_s=10)
+        for _ in range(3):
+            assert await server.post("/x", {}) == {"path": "/x"}
+            assert [data async for data in server.events("/events", {})] == [b"1"]
+        assert len(counting.connections) == 1
+        await asyncio.gather(*(server.post("/x", {}) for _ in range(40)))
+        assert len(counting.connections) > 1
+        await server.aclose()
+
+
+async def test_a_redirect_is_not_followed_with_the_prompt():
+    async with http_server(*Counting().routes()) as url:
+        server = Server(url, timeout_s=10)
+        with pytest.raises(JobError, match="307"):
+            await server.post("/moved", {"prompt": "secret"})
+        await server.aclose()
+
+
+async def test_a_proxy_of_the_environment_is_asked_but_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    counting = Counting()
+    async with http_server(*counting.routes()) as url:
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.setenv("no_proxy", "")
+        far, near = Server("http://model.invalid:9", timeout_s=10), Server(url, timeout_s=10)
+        assert await far.answers("/models")
+        assert counting.proxied == ["model.invalid:9"]
+        assert await near.answers("/models")
+        assert len(counting.proxied) == 1
+        monkeypatch.setenv("no_proxy", "model.invalid")
+        direct = Server("http://model.invalid:9", timeout_s=10)
+        assert not await direct.answers("/models")
+        for server in (far, near, direct):
+            await server.aclose()
+
+
+async def test_a_server_that_says_nothing_is_given_up():
+    async def silent(_request: Request) -> Response:
+        await asyncio.sleep(5)
+        return Response()
+
+    async with http_server(Route("/x", silent, methods=["POST"])) as url:
+        server = Server(url, timeout_s=0.2)
+        with pytest.raises(JobError, match="lost the server") as caught:
+            await server.post("/x", {})
+        assert caught.value.code is FailureCode.ENGINE_ERROR
+        await server.aclose()
