@@ -7,7 +7,7 @@ the one 20 µs, and the other many times as much (docs/performance.md).
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -113,7 +113,7 @@ class Server:
         except _LOST as error:
             raise _lost(error) from error
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event in the answer to `body`.
 
         Close it (`contextlib.aclosing`) when it is not read to its end: that hangs up.
