@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 import orjson
 
 from router.openai_calls import BadAnswer
@@ -19,25 +19,25 @@ MOST_LINE_BYTES = 1 << 20
 FIRST_REST_S, LONGEST_REST_S = 1.0, 60.0
 
 
-async def read_object(response: httpx.Response) -> dict[str, Any]:
+async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """The whole answer; of an error that is no JSON, nothing. Raises BadAnswer."""
     body = bytearray()
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         body += part
         if len(body) > MOST_ANSWER_BYTES:
             raise BadAnswer("an answer without an end")
     try:
         return as_object(bytes(body))
     except BadAnswer:
-        if response.status_code >= 400:
+        if response.status >= 400:
             return {}
         raise
 
 
-async def read_events(response: httpx.Response) -> AsyncIterator[bytes]:
+async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The data of each event up to `[DONE]`. Raises BadAnswer."""
     rest = b""
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             data = line.strip().removeprefix(b"data:").strip()

@@ -15,7 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
+from pydantic_core import to_json
+from yarl import URL
 
 from billing.outside_http import SystemResolver
 from billing.outside_url import (
@@ -30,8 +32,14 @@ from router.sessions import RefusedWorker
 from router.settings import Settings
 
 CONNECT_S = 5.0
-WRITE_S = 30.0
+# Shorter than what servers keep a connection for, 5 s mostly.
+KEEP_ALIVE_S = 4.0
 RESOLVE_S = 3.0
+_HEADERS = {
+    "Accept-Encoding": "identity",  # a compressed body is not limited by its length
+    "Content-Type": "application/json",
+    "User-Agent": "satherd",
+}
 # What the known services listen on where their URL does not say.
 _DEFAULT_PORTS = {"postgres": 5432, "postgresql": 5432, "https": 443, "http": 80, "nats": 4222}
 
@@ -52,6 +60,8 @@ class Endpoints:
         )
         self._own_ports = _own_ports(settings)
         self._resolve = SystemResolver()
+        self._near: aiohttp.ClientSession | None = None
+        self._far: aiohttp.ClientSession | None = None
 
     def read(self, api: str, *, own_ports: frozenset[int] = frozenset()) -> OutsideUrl:
         """The base of a registered URL, up to `/v1`: of `http://host:port`, `…/v1` and
@@ -91,40 +101,56 @@ class Endpoints:
     @asynccontextmanager
     async def call(
         self, url: OutsideUrl, method: str, path: str, body: dict[str, Any] | None = None
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, its answer unread; `path` follows the base. Raises Unreachable and
-        httpx.HTTPError. How long the answer may take is the caller's business."""
+        aiohttp.ClientError. How long the answer may take is the caller's business."""
         address = await self._address(url)
-        async with httpx.AsyncClient(
-            trust_env=False,
-            verify=public_tls(),
-            follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=CONNECT_S, write=WRITE_S),
-        ) as client:
-            request = client.build_request(
-                method,
-                httpx.URL(
-                    scheme=url.scheme,
-                    host=address,
-                    port=url.port,
-                    raw_path=(url.target + path).encode(),
-                ),
-                json=body,
-                headers={
-                    "Host": url.host_header,
-                    "Accept-Encoding": "identity",
-                    "User-Agent": "satherd",
-                },
-                extensions={"sni_hostname": url.host},
+        at = URL.build(
+            scheme=url.scheme, host=address, port=url.port, path=url.target + path, encoded=True
+        )
+        secure = url.scheme == "https"
+        asking = self._session(url).request(
+            method,
+            at,
+            data=None if body is None else to_json(body),
+            headers={"Host": url.host_header},
+            allow_redirects=False,
+            ssl=public_tls() if secure else True,
+            server_hostname=url.host if secure else None,
+        )
+        try:
+            answer = await asking
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Unreachable(f"no connection: {type(error).__name__}") from None
+        async with answer:
+            yield answer
+
+    def _session(self, url: OutsideUrl) -> aiohttp.ClientSession:
+        """Connections to this machine are kept. Those to elsewhere are not: a kept one would serve a
+        second name at the same address without a look at its certificate."""
+        if is_loopback(url.host):
+            self._near = self._near or _session(
+                aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
             )
-            try:
-                response = await client.send(request, stream=True)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                raise Unreachable(f"no connection: {type(error).__name__}") from None
-            try:
-                yield response
-            finally:
-                await response.aclose()
+            return self._near
+        self._far = self._far or _session(aiohttp.TCPConnector(limit=0, force_close=True))
+        return self._far
+
+    async def aclose(self) -> None:
+        """Close what is kept."""
+        for session in (self._near, self._far):
+            if session is not None:
+                await session.close()
+
+
+def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=connector,
+        headers=_HEADERS,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_S),
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from billing.outside_url import OutsideUrl
 from router.attempts import Attempts, RunningAttempt
@@ -168,7 +168,7 @@ class HttpSession:
             self._failed(job, failed)
         except BadAnswer as error:
             self._fail(job, "bad_answer", str(error))
-        except (Unreachable, httpx.HTTPError) as error:
+        except (Unreachable, aiohttp.ClientError) as error:
             self._health.fell_ill(self.worker)
             self._fail(job, "worker_lost", f"the server was lost: {type(error).__name__}")
         except Exception:
@@ -213,14 +213,14 @@ class HttpSession:
             return
         async with self._endpoints.call(job.url, "POST", path, body) as response:
             answer = await read_object(response)
-        _raise_error(answer, response.status_code)
+        _raise_error(answer, response.status)
         self._answer(job, answer)
 
     async def _stream(self, job: _Job, path: str, body: dict[str, Any]) -> None:
         async with self._endpoints.call(job.url, "POST", path, body) as response:
-            if response.status_code != 200:
+            if response.status != 200:
                 answer = await read_object(response)
-                _raise_error(answer, response.status_code)
+                _raise_error(answer, response.status)
             async for data in read_events(response):
                 event = as_object(data)
                 _raise_error(event, None)
@@ -286,8 +286,8 @@ class HttpSession:
                 asyncio.timeout(PROBE_S),
                 self._endpoints.call(url, "GET", "/models") as response,
             ):
-                well = response.status_code < 500
-        except (Unreachable, httpx.HTTPError, TimeoutError):
+                well = response.status < 500
+        except (Unreachable, aiohttp.ClientError, TimeoutError):
             well = False
         if well:
             self._health.may_try(self.worker)

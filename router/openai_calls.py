@@ -126,18 +126,23 @@ def piece(answer: Mapping[str, Any]) -> Piece:
         for key, value in said.items()
         if key not in ("content", "role") and value not in (None, "", [])
     }
-    if is_deep(rest):
-        raise BadAnswer("a delta that is nested too deeply")
-    try:
-        Delta.model_validate(rest, strict=True)
-    except ValidationError:
-        raise BadAnswer("a malformed delta") from None
+    if rest:
+        _check_delta(rest)
     if "delta" not in choice and "tool_calls" in rest:
         # A whole message numbers its calls by their order.
         rest["tool_calls"] = [{"index": i} | call for i, call in enumerate(rest["tool_calls"])]
     ended = choice.get("finish_reason")
     reason = _FINISH.get(str(ended), FinishReason.STOP) if ended else None
     return Piece(text or "", rest or None, reason, usage)
+
+
+def _check_delta(delta: dict[str, Any]) -> None:
+    if is_deep(delta):
+        raise BadAnswer("a delta that is nested too deeply")
+    try:
+        Delta.model_validate(delta, strict=True)
+    except ValidationError:
+        raise BadAnswer("a malformed delta") from None
 
 
 def vectors(answer: Mapping[str, Any]) -> list[list[float]]:

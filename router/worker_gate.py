@@ -104,6 +104,7 @@ class WorkerGate:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._endpoints.aclose()
 
     async def register(
         self, raw: Any, connection: Connection, *, peer: str = ""

@@ -112,12 +112,13 @@ async def test_an_overload_loses_nothing_and_is_over_when_nobody_comes_any_more(
     assert row["/info p99 ms"] > 0 and row["admin p99 ms"] > 0
 
 
-async def test_a_worker_before_a_server_is_measured_beside_its_router():
+@pytest.mark.parametrize("by", [server_worker.by_worker, server_worker.by_project])
+async def test_a_model_server_is_measured_behind_worker_and_router(by: server_worker.By):
     async with scene(throw_away=True, pin=False) as stage:
-        row = await server_worker.server_worker(stage, streamed=True, seconds=1.0)
+        row = await server_worker.server_worker(stage, by, streamed=True, seconds=1.0)
         assert await stage.books_in_order()
-    assert row["tokens/s"] > 0 and row["first token p50 ms"] > 0
-    assert row["worker µs/token"] > 0 and row["CPU µs/token"] > 0
+    assert row["tokens/s"] > 0 and row["first token p50 ms"] > 0 and row["CPU µs/token"] > 0
+    assert (row["worker µs/token"] is None) is (by is server_worker.by_project)
 
 
 async def test_the_instant_model_server_answers_whole_and_in_steps():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -36,8 +37,10 @@ class Model:
         self.asked: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
         self.answers: asyncio.Queue[Response] = asyncio.Queue()
         self.probes = 0
+        self.connections: set[object] = set()
 
     async def post(self, request: Request) -> Response:
+        self.connections.add(request.client)
         self.asked.put_nowait((request.url.path, json.loads(await request.body())))
         return await self.answers.get()
 
@@ -223,6 +226,39 @@ async def test_what_a_server_answers_instead_of_an_answer(
         await until_state(router, links["id"], "succeeded", "failed")
     (first, *_) = await router.query("select outcome, blame from attempts order by n")
     assert (first["outcome"], first["blame"]) == (outcome, blame)
+
+
+async def test_connections_to_this_machine_are_kept(router: Rig):
+    payer = await router.bearer()
+    async with model_server() as model:
+        await router.core.gate.register_http(described(model))
+        for stream in (False, True, False):
+            links = await post_job(router, payer, stream=stream)
+            await model.next()
+            if stream:
+                model.stream(delta("Hello."), delta("", "stop"), "[DONE]")
+            else:
+                model.answer(said("Hello."))
+            await until_state(router, links["id"], "succeeded")
+        assert len(model.connections) == 1
+
+
+async def test_a_compressed_answer_is_not_unpacked(router: Rig):
+    """Its length would say nothing about what it holds."""
+    payer = await router.bearer()
+    packed = gzip.compress(json.dumps(said("x" * 100_000)).encode())
+    async with model_server() as model:
+        session = await router.core.gate.register_http(described(model))
+        session.worker.slots = 1
+        links = await post_job(router, payer)
+        await model.next()
+        headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        model.answers.put_nowait(Response(packed, headers=headers))
+        await until_state(router, links["id"], "queued", "failed", "running")
+        model.answer(said("Yes."))
+        await until_state(router, links["id"], "succeeded", "failed")
+    (first, *_) = await router.query("select outcome, blame from attempts order by n")
+    assert (first["outcome"], first["blame"]) == ("bad_answer", "worker")
 
 
 async def test_a_server_that_is_away_gets_no_jobs_until_it_answers_again(
