@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -69,6 +70,16 @@ class NatsServer:
             self.kills += 1
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
+
+    def hang(self) -> None:
+        """SIGSTOP: its connections stay, and nothing comes from it."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `hang`: it does at once what it was told meanwhile."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
 
 @asynccontextmanager
