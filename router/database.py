@@ -22,6 +22,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy.exc import DBAPIError
 
+from router.hung_server import HungServer
 from router.kept_connections import KeptConnections
 
 log = logging.getLogger(__name__)
@@ -117,12 +118,26 @@ async def _leave_as_it_is(connection: Any) -> None:
     """
 
 
+async def _outlived_by_nobody(connection: Any) -> None:
+    """Have the server end a session whose router has gone without a word (cut off, stopped): the rows
+    that it has locked are wanted by other routers."""
+    await connection.execute(
+        "set idle_in_transaction_session_timeout = '30s'; set tcp_user_timeout = '30s';"
+        "set tcp_keepalives_idle = '10s'; set tcp_keepalives_interval = '5s';"
+        "set tcp_keepalives_count = 4"
+    )
+
+
 class Database:
     """A pool of connections."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool, connect: Callable[[], Awaitable[asyncpg.Connection]]
+    ) -> None:
         self.pool = pool
         self._connections = KeptConnections(pool)
+        self._hung = HungServer(self._connections, connect)
+        self._hung.start()
 
     @classmethod
     async def open(cls, url: str, *, size: int = 10) -> Database:
@@ -134,9 +149,14 @@ class Database:
             max_inactive_connection_lifetime=300,
             max_queries=MAX_QUERIES,
             reset=_leave_as_it_is,
+            init=_outlived_by_nobody,
             server_settings={"application_name": "satherd"},
         )
-        return cls(pool)
+
+        def connect() -> Awaitable[asyncpg.Connection]:
+            return asyncpg.connect(url, server_settings={"application_name": "satherd look"})
+
+        return cls(pool, connect)
 
     @property
     def idle(self) -> int:
@@ -144,6 +164,7 @@ class Database:
         return self._connections.idle
 
     async def close(self) -> None:
+        await self._hung.stop()
         try:
             await asyncio.wait_for(self._connections.close(), 10)
         except TimeoutError:

@@ -6,7 +6,8 @@ none takes one from the pool, and waits there if all are in use; then what comes
 
 A server that hangs (stopped, cut off without a word) keeps whoever is waiting for it. So that not all
 others wait behind them, nobody is given a connection while none of those in use has been answered for
-SILENT_S, and for a second more nobody who came then; but for one a second who tries.
+SILENT_S, and for a second more nobody who came then; but for one a second who tries. Those who wait are
+told by `router.hung_server`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,28 @@ class KeptConnections:
         self._doubted_at: float | None = None
         self._waiting = 0
         self._closing = False
+        # Set by who has found out; nobody is given a connection meanwhile.
+        self.hung = False
+
+    @property
+    def silent_s(self) -> float:
+        """How long none of the connections in use has been answered; 0 if none is in use."""
+        if not self._used_since:
+            return 0.0
+        return time.monotonic() - max(self._answered_at, min(self._used_since.values()))
+
+    def answered(self) -> None:
+        """The server has shown that it is there."""
+        self._answered_at, self._doubted_at = time.monotonic(), None
+
+    def give_up(self, after_s: float) -> list[int]:
+        """Break those off that have been in use for so long; the processes that serve them."""
+        before, pids = time.monotonic() - after_s, []
+        for connection in [c for c, since in self._used_since.items() if since <= before]:
+            with suppress(asyncpg.InterfaceError):
+                pids.append(connection.get_server_pid())
+                connection.terminate()
+        return pids
 
     @property
     def idle(self) -> int:
@@ -58,18 +81,18 @@ class KeptConnections:
         return connection
 
     def _refuse_while_silent(self) -> None:
+        if self.hung:
+            raise TimeoutError("the database does not answer")
         now = time.monotonic()
-        if now - self._answered_at < SILENT_S or not self._used_since:
-            return
-        since = max(self._answered_at, min(self._used_since.values()))
-        if now - since < SILENT_S:
+        # First what costs nothing: this is asked before every use.
+        if now - self._answered_at < SILENT_S or (silent_s := self.silent_s) < SILENT_S:
             return
         if self._doubted_at is None:
             # Perhaps somebody has only asked for much: who comes within the next second finds out.
             self._doubted_at = now
         elif now - self._doubted_at >= TRY_EVERY_S:
             if now - self._tried_at < TRY_EVERY_S:
-                raise TimeoutError(f"the database has not answered for {now - since:.0f} s")
+                raise TimeoutError(f"the database has not answered for {silent_s:.0f} s")
             self._tried_at = now
 
     async def _take(self, timeout_s: float) -> Any:
@@ -91,7 +114,7 @@ class KeptConnections:
         now = time.monotonic()
         self._used_since.pop(connection, None)
         if well:
-            self._answered_at, self._doubted_at = now, None
+            self.answered()
         wanted = not (self._closing or self._waiting or len(self._kept) >= self._most)
         wanted = wanted and now - self._out_since[connection] < OUT_S
         if well and wanted and _is_open(connection) and not connection.is_in_transaction():

@@ -13,14 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from router import kept_connections
+from router import hung_server, kept_connections
+from router.database import ConnectionBroke, Database, DatabaseUnavailable
 from router.embedded_postgres import EmbeddedPostgres
 from tests.reading import CHAT, until
 from tests.router_rig import Rig, running_rig
 
 SILENT_S = 0.5
 # A look at the database, and a moment until it is given up, with room for a slow machine.
-SOON_S = 8.0
+SOON_S = 15.0
 
 
 @asynccontextmanager
@@ -37,6 +38,15 @@ async def hanging(postgres: EmbeddedPostgres) -> AsyncIterator[None]:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs is given up after a second."""
+    monkeypatch.setattr(kept_connections, "SILENT_S", SILENT_S)
+    monkeypatch.setattr(hung_server, "SILENT_S", SILENT_S)
+    monkeypatch.setattr(hung_server, "PROBE_S", 1.0)
+    monkeypatch.setattr(hung_server, "LOOK_EVERY_S", 0.1)
 
 
 async def seconds(router: Rig, path: str, status: int) -> float:
@@ -78,10 +88,92 @@ async def test_a_database_that_hangs_is_said_to_be_away_and_keeps_nobody_waiting
         async def is_ready() -> bool:
             return (await router.http.get("/health/ready")).status_code == 200
 
-        await until(is_ready)
+        await until(is_ready, timeout_s=2 * SOON_S)
         served = asyncio.create_task(worker.serve("Here again."))
         for task in waiting:
             await task
         made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
         assert made.status_code == 202
         await served
+
+
+async def test_a_slow_statement_is_waited_for(database: Database, hasty: None):
+    async with database.connection() as connection:
+        await connection.execute("select pg_sleep($1)", 6 * SILENT_S)
+
+
+async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_not_done_later(
+    tmp_path: Path, hasty: None
+):
+    """Whoever looks, once it answers again, sees what there is and will be."""
+    async with EmbeddedPostgres(tmp_path, throw_away=True) as postgres:
+        database = await Database.open(postgres.url, size=4)
+        async with database.connection() as connection:
+            await connection.execute("create table said (word text)")
+
+        async def write() -> None:
+            async with database.connection() as connection:
+                await connection.execute(
+                    "with waited as materialized (select pg_sleep(2))"
+                    " insert into said select 'late' from waited"
+                )
+
+        async def words() -> int | None:
+            with contextlib.suppress(DatabaseUnavailable):
+                async with database.connection() as connection:
+                    return await connection.fetchval("select 1 + count(*) from said")
+
+        writing = [asyncio.create_task(write()) for _ in range(2)]
+        await asyncio.sleep(0.3)
+        async with hanging(postgres):
+            for task in writing:
+                with pytest.raises(ConnectionBroke):
+                    await asyncio.wait_for(task, SOON_S)
+            with pytest.raises(DatabaseUnavailable):
+                await asyncio.wait_for(write(), 1)
+        assert await until(words) == 1
+        await asyncio.sleep(3)
+        assert await words() == 1
+        await database.close()
+
+
+async def test_a_purchase_under_way_when_the_database_hangs_is_told_and_happens_once(
+    tmp_path: Path, hasty: None
+):
+    async with (
+        EmbeddedPostgres(tmp_path / "postgres", throw_away=True) as postgres,
+        running_rig(tmp_path, postgres.url) as router,
+        router.worker() as worker,
+    ):
+        key = await router.bearer()
+        names = [{"Idempotency-Key": f"order-{number}"} for number in range(5)]
+
+        async def buy(name: dict[str, str]) -> int:
+            body = CHAT | {"kind": "chat"}
+            reply = await router.http.post("/jobs", json=body, headers=key | name, timeout=90)
+            assert reply.status_code in (202, 503), reply.text
+            if reply.status_code == 503:
+                assert int(reply.headers["Retry-After"]) > 0
+            return reply.status_code
+
+        async with hanging(postgres):
+            statuses = await asyncio.wait_for(asyncio.gather(*map(buy, names)), 2 * SOON_S)
+            assert statuses == [503] * 5
+
+        async def all_bought() -> bool:
+            return [await buy(name) for name in names] == [202] * 5
+
+        async def serve_all() -> None:
+            for _ in names:
+                await worker.serve("Here.")
+
+        serving = asyncio.create_task(serve_all())
+        await until(all_bought)
+        await serving
+
+        async def all_done() -> bool:
+            rows = await router.query("select state from jobs")
+            return [row["state"] for row in rows] == ["succeeded"] * 5
+
+        await until(all_done)
+        assert (await router.books()).in_order

@@ -1,0 +1,101 @@
+"""A PostgreSQL that hangs: told from one that is slow, given up, and cleaned up after.
+
+    no statement answered for SILENT_S ── a new connection is answered ──> slow: wait on
+                  └── nor a new one within PROBE_S ──> hung: who waits is told
+
+They are told that it is not known what became of their statements. A server that comes to itself may
+still do them, after those who asked have looked in the database whether it had. So nobody uses it again
+before the sessions that were given up are ended, and gone: then what is there is what there will be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import asyncpg
+
+from router.kept_connections import SILENT_S, KeptConnections
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+PROBE_S = 5.0
+# An id of a process may be another's by now: only sessions that are older than our giving up.
+_END = """
+select a.pid, pg_terminate_backend(a.pid)
+from unnest($1::int[], $2::float8[]) given_up(pid, ago_s)
+join pg_stat_activity a using (pid)
+where a.usename = current_user and a.backend_start < clock_timestamp() - make_interval(secs => ago_s)"""
+
+
+class HungServer:
+    """The look at one server. `connect` makes a connection that is nobody else's."""
+
+    def __init__(
+        self, connections: KeptConnections, connect: Callable[[], Awaitable[asyncpg.Connection]]
+    ) -> None:
+        self._connections = connections
+        self._connect = connect
+        # The server's process of each session that was given up, and when.
+        self._given_up: dict[int, float] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="hung-server")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._connections.hung or self._connections.silent_s >= SILENT_S:
+                await self._look()
+
+    async def _look(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await self._settle()
+        except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+            # TimeoutError is an OSError. Whoever waits for a server that is not there has been told.
+            self._give_up()
+        except Exception as error:
+            # It answers, if only by a refusal.
+            log.debug("the database was not looked at: %s", type(error).__name__)
+        else:
+            if self._connections.hung:
+                log.warning("the database answers again")
+            self._connections.hung = False
+            self._connections.answered()
+
+    def _give_up(self) -> None:
+        silent_s = self._connections.silent_s
+        if silent_s < SILENT_S:
+            return  # It was answered meanwhile.
+        if not self._connections.hung:
+            log.warning("the database hangs: no answer for %.0f s, who waits is told", silent_s)
+        self._connections.hung = True
+        now = time.monotonic()
+        for pid in self._connections.give_up(SILENT_S):
+            self._given_up[pid] = now
+
+    async def _settle(self) -> None:
+        """End what was given up, and wait until it is gone. Returns only if the server answers."""
+        connection = await self._connect()
+        try:
+            while True:
+                now = time.monotonic()
+                ago_s = [now - at for at in self._given_up.values()]
+                if not await connection.fetch(_END, list(self._given_up), ago_s):
+                    break
+                await asyncio.sleep(0.02)
+            self._given_up.clear()
+        finally:
+            with suppress(Exception):
+                connection.terminate()
