@@ -65,6 +65,7 @@ _log = logging.getLogger(__name__)
 REDIRECTS_MAX = 2  # apex to www is common; more is somebody playing
 LOOKUPS_PER_MINUTE = 30
 FAILURE_KEPT_S = 300.0
+UNREACHABLE_KEPT_S = 10.0  # it may be starting
 _TEST_NETWORKS = frozenset({"testnet", "signet", "simnet", "regtest"})
 _NOT_THE_PAYEES_FAULT = frozenset({"busy", "too_many_lookups"})
 
@@ -92,9 +93,7 @@ class LightningAddresses:
         self._own_pubkey = own_pubkey
         self._now = now
         self._lookups = RecentCalls(most=LOOKUPS_PER_MINUTE, window_s=60.0, clock=clock)
-        self._failures: RecentFailures[BadLightningAddress] = RecentFailures(
-            keep_s=FAILURE_KEPT_S, clock=clock
-        )
+        self._failures: RecentFailures[BadLightningAddress] = RecentFailures(clock=clock)
 
     def parse(self, text: str) -> Payee | None:
         """`parse_ln_url` by this router's rules."""
@@ -107,7 +106,8 @@ class LightningAddresses:
         """Ask the payee's server for its terms. Raises BadLightningAddress.
 
         `on_behalf_of` names the stranger who wants to know (a worker key's id, a client's address):
-        he gets 30 look-ups a minute, and for 5 minutes the same failure again without a request.
+        he gets 30 look-ups a minute, and for 5 minutes the same failure again without a request,
+        for 10 seconds if the server could not be reached.
         None is the router on its own account, whose retries have a schedule of their own.
         """
         key = str(payee.url)
@@ -122,7 +122,9 @@ class LightningAddresses:
             terms = read_terms(payee, found, self._http.rules)
         except BadLightningAddress as error:
             if error.code not in _NOT_THE_PAYEES_FAULT:
-                self._failures.remember(key, _again(error))
+                passing = error.code == "unreachable"
+                keep_s = UNREACHABLE_KEPT_S if passing else FAILURE_KEPT_S
+                self._failures.remember(key, _again(error), keep_s=keep_s)
             raise
         self._failures.forget(key)
         if terms.callback.host != payee.url.host:

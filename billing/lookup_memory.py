@@ -40,12 +40,9 @@ class RecentCalls:
 
 
 class RecentFailures(Generic[_Value]):
-    """What went wrong with a key, for `keep_s` seconds."""
+    """What went wrong with a key, for so many seconds."""
 
-    def __init__(
-        self, *, keep_s: float, clock: Callable[[], float], keys_max: int = 10_000
-    ) -> None:
-        self._keep_s = keep_s
+    def __init__(self, *, clock: Callable[[], float], keys_max: int = 10_000) -> None:
         self._clock = clock
         self._keys_max = keys_max
         self._failures: OrderedDict[str, tuple[float, _Value]] = OrderedDict()
@@ -54,8 +51,8 @@ class RecentFailures(Generic[_Value]):
         ends_at, failure = self._failures.get(key, (0.0, None))
         return failure if self._clock() < ends_at else None
 
-    def remember(self, key: str, failure: _Value) -> None:
-        self._failures[key] = (self._clock() + self._keep_s, failure)
+    def remember(self, key: str, failure: _Value, *, keep_s: float) -> None:
+        self._failures[key] = (self._clock() + keep_s, failure)
         self._failures.move_to_end(key)
         while len(self._failures) > self._keys_max:
             self._failures.popitem(last=False)

@@ -309,11 +309,16 @@ class WorkerGate:
         return seat
 
     async def _check_address(self, applicant: Applicant) -> str | None:
-        """The address in its canonical text, after its server has answered for it."""
+        """The address in its canonical text, after its server has answered for it, now or when this
+        worker first named it: a provider that is away must not keep its workers out."""
         try:
             payee = self._addresses.parse(applicant.ln_url or "")
             if payee is None:
                 return None
+            identity = applicant.identity or workers.hash_identity("seat", payee.text, "0")
+            async with self._storing, self._database.connection() as connection:
+                if await workers.is_paid_at(connection, identity, payee.text):
+                    return payee.text
             whom = applicant.identity or workers.hash_identity("address", payee.text)
             await self._addresses.resolve(payee, on_behalf_of=whom.hex())
         except BadLightningAddress as error:

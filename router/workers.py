@@ -389,6 +389,16 @@ async def register(
     return _record(row)
 
 
+async def is_paid_at(connection: Any, identity: bytes, ln_url: str) -> bool:
+    """Whether a worker has this address already, or will have it within the hour."""
+    return await connection.fetchval(
+        "select exists (select from workers w join payees p on p.id = w.id"
+        " where w.key_hash = $1 and $2 in (p.ln_url, p.next_ln_url))",
+        identity,
+        ln_url,
+    )
+
+
 async def find_by_key(connection: Any, worker_key: str) -> WorkerRecord | None:
     """The worker that holds this key, if there is one."""
     row = await connection.fetchrow(

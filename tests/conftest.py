@@ -10,6 +10,7 @@ from pathlib import Path
 
 import asyncpg
 import httpx
+import hypothesis
 import pytest
 
 from router.database import Database, migrate
@@ -24,6 +25,12 @@ from tests.router_rig import Rig, running_rig
 # A server that is running already, for whoever runs single tests all day.
 SERVER = os.environ.get("SATHERD_TEST_POSTGRES")
 TEMPLATE = f"satherd_template_{os.getpid()}"
+
+# How fast a crowded machine draws and runs its examples is no test's business.
+hypothesis.settings.register_profile(
+    "crowded", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("crowded")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -203,7 +203,7 @@ def test_what_is_signed_is_read_back(prefix: str, network: str, amount_msat: int
     assert invoice.min_final_cltv == 80
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     amount_msat=st.integers(1, 10**14) | st.integers(1, 1000).map(lambda n: n * 1000),
     description=st.text(
@@ -271,7 +271,7 @@ def test_every_changed_character_is_noticed() -> None:
             bolt11_codec.decode(changed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text(max_size=400)
     | st.text("qpzry9x8gf2tvdw0s3jn54khce6mua7l1", max_size=400).map("lnbcrt1".__add__)
@@ -283,7 +283,7 @@ def test_strings_of_strangers_raise_nothing_else(text: str) -> None:
         bolt11_codec.decode(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     groups=st.binary(min_size=0, max_size=600).map(lambda data: bytes(byte & 31 for byte in data)),
     amount=st.sampled_from(["", "1", "21000000", "99999999999999999999", "0", "01", "1p", "20p"]),

@@ -76,7 +76,7 @@ def test_a_token_is_byte_for_byte_that_of_the_vectors(vector):
         max_size=macaroon.MAX_CAVEATS,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pymacaroons_reads_and_verifies_what_we_mint(caveats):
     made = token_with(*caveats)
     read = oracle(made)

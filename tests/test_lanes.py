@@ -27,7 +27,7 @@ def fits(worker: ServedModel, prompt_tokens: int, max_tokens: int) -> bool:
     return within and max_tokens <= answer_limit(worker)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(WORKERS, LENGTHS, st.integers(0, 5000))
 def test_a_job_is_in_a_lane_of_every_worker_it_fits_and_of_no_other(
     workers: list[ServedModel], prompt_tokens: int, max_tokens: int
@@ -47,7 +47,7 @@ def test_a_job_is_in_a_lane_of_every_worker_it_fits_and_of_no_other(
             assert drains == (same and fits(worker, prompt_tokens, max_tokens)), (worker, waits_in)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(WORKERS, WORKERS, LENGTHS, st.integers(0, 5000))
 def test_new_edges_put_no_job_where_a_worker_looks_that_it_does_not_fit(
     before: list[ServedModel], after: list[ServedModel], prompt_tokens: int, max_tokens: int

@@ -157,6 +157,20 @@ async def test_a_failure_is_remembered_for_strangers_and_forgotten_after_five_mi
     assert await ours.resolve(payee, on_behalf_of="worker-2")
 
 
+async def test_a_server_that_could_not_be_reached_is_asked_again_after_ten_seconds(wallet):
+    clock = Clock()
+    ours = addresses(clock=clock)
+    payee = payee_of(wallet.address)
+    wallet.first = lambda request: http(502, "bad gateway")
+    for _ in range(3):
+        with refused("unreachable"):
+            await ours.resolve(payee, on_behalf_of="worker-1")
+    assert len(wallet.server.requests) == 1
+    wallet.first = None
+    clock.now += 11
+    assert await ours.resolve(payee, on_behalf_of="worker-1")
+
+
 async def test_the_routers_own_retry_is_never_answered_from_memory(wallet):
     ours = addresses()
     payee = payee_of(wallet.address)

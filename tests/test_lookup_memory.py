@@ -51,24 +51,24 @@ def test_of_too_many_keys_the_one_longest_unused_is_forgotten(clock):
 
 
 def test_a_failure_is_kept_for_its_time(clock):
-    failures: RecentFailures[str] = RecentFailures(keep_s=300, clock=clock)
+    failures: RecentFailures[str] = RecentFailures(clock=clock)
     assert failures.get("a") is None
-    failures.remember("a", "broken")
+    failures.remember("a", "broken", keep_s=300)
     clock.now = 299
     assert failures.get("a") == "broken"
-    failures.remember("a", "still broken")
+    failures.remember("a", "still broken", keep_s=300)
     clock.now = 598
     assert failures.get("a") == "still broken"
     clock.now = 599
     assert failures.get("a") is None
-    failures.remember("a", "again")
+    failures.remember("a", "again", keep_s=300)
     failures.forget("a")
     failures.forget("a")
     assert failures.get("a") is None
 
 
 def test_of_too_many_failures_the_oldest_is_forgotten(clock):
-    failures: RecentFailures[str] = RecentFailures(keep_s=300, clock=clock, keys_max=2)
+    failures: RecentFailures[str] = RecentFailures(clock=clock, keys_max=2)
     for key in ("a", "b", "a", "c"):
-        failures.remember(key, key.upper())
+        failures.remember(key, key.upper(), keep_s=300)
     assert (failures.get("a"), failures.get("b"), failures.get("c")) == ("A", None, "C")

@@ -107,7 +107,7 @@ def test_the_published_message_is_written_and_read() -> None:
     assert nip44.decrypt(conversation, SHORT) == "a"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=3000))
 def test_what_one_end_writes_the_other_reads(text: str) -> None:
     payload = nip44.encrypt(nip44.conversation_key(ONE, public(TWO)), text)

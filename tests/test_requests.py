@@ -361,7 +361,7 @@ FIELDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(Kind), st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_whatever_json_comes_it_is_read_or_refused_and_nothing_else(
     kind: Kind, body: dict[str, Any]

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.door_tools import post_job, until_state, workers_left
 from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
+from tests.worker_stand_ins import http_server
 
 MODELS = [{"id": MODEL, "kind": "text", "context_length": 2048, "max_tokens": 1024}]
 
@@ -123,6 +127,28 @@ async def test_an_address_that_nobody_answers_for_may_be_tried_again(router: Rig
     answered, closed = await first_frame(router, nobody)
     assert answered["type"] == "refused" and answered["retryable"] is True, answered
     assert closed == 1013
+
+
+async def test_a_worker_comes_back_while_the_server_of_its_address_is_away(router: Rig):
+    """Its provider may be down for hours; what it earns meanwhile is kept for it."""
+    key = secrets.token_hex(32)
+    payees: list[int] = []
+
+    async def pay_terms(request: Request) -> Response:
+        payees.append(1)
+        terms = {"tag": "payRequest", "callback": f"{url}/pay", "metadata": '[["text/plain","x"]]'}
+        return JSONResponse(terms | {"minSendable": 1000, "maxSendable": 10**9})
+
+    async with http_server(Route("/.well-known/lnurlp/worker", pay_terms)) as url:
+        ln_url = f"worker@{url.removeprefix('http://')}"
+        async with router.worker(key=key, ln_url=ln_url) as worker:
+            assert worker.registered["payable"] is True
+    async with router.worker(key=key, ln_url=ln_url) as worker:
+        assert worker.registered["payable"] is True and worker.registered["ln_url"] == ln_url
+    assert payees == [1]
+    other = registration(ln_url=ln_url)
+    answered, _ = await first_frame(router, other)
+    assert answered["type"] == "refused" and answered["retryable"] is True, answered
 
 
 async def test_a_banned_worker_is_refused(router: Rig):
