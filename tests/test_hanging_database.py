@@ -177,3 +177,19 @@ async def test_a_purchase_under_way_when_the_database_hangs_is_told_and_happens_
 
         await until(all_done)
         assert (await router.books()).in_order
+
+
+async def test_the_server_ends_sessions_of_a_router_that_has_gone_without_a_word(
+    database: Database,
+):
+    """Otherwise the rows that it has locked would be kept from other routers for hours."""
+    async with database.connection() as connection:
+        kept = await connection.fetchval("show idle_in_transaction_session_timeout")
+        assert kept == "30s"
+    with pytest.raises(ConnectionBroke):
+        async with database.transaction() as connection:
+            await connection.execute("set local idle_in_transaction_session_timeout = '50ms'")
+            await asyncio.sleep(0.5)
+            await connection.execute("select 1")
+    async with database.connection() as connection:
+        assert await connection.fetchval("select 1") == 1
