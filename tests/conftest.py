@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -35,6 +36,9 @@ hypothesis.settings.load_profile("crowded")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_node: needs a Lightning node of the operator's")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell, which has Ctrl-C ignored: so would all that tests start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
