@@ -130,7 +130,7 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
                 with pytest.raises(ConnectionBroke):
                     await asyncio.wait_for(task, SOON_S)
             with pytest.raises(DatabaseUnavailable):
-                await asyncio.wait_for(write(), 1)
+                await asyncio.wait_for(write(), 5)
         assert await until(words) == 1
         await asyncio.sleep(3)
         assert await words() == 1
