@@ -148,6 +148,10 @@ class Parcels:
             return
         series = sender, to_all
         before = self._heard.get(series)
+        if before is not None and before[0] == boot and number <= before[1]:
+            # A broker that hung reads what was sent to it before what has been said since over
+            # another connection, or after it. Being late it counts as lost, and that was noticed.
+            return
         self._heard[series] = boot, number
         # The first that we hear of a router is no gap: whatever we want of it we ask for now.
         if before is not None and before[0] == boot and number != before[1] + 1:

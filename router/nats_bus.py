@@ -2,6 +2,10 @@
 
 NATS being away stops nobody: what is sent then is dropped, `up` is False, and the client tries to
 connect until it can (`router.relay` goes by the database meanwhile).
+
+A server that hangs closes nothing. It is asked for a sign of life a few times a second, and is away
+once nothing at all has come from it for SILENT_S; whatever comes is one, so that one which has much to
+say is not.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 2
 AGAIN_S = 0.5
-# A connection on which nothing has come back for that many pings is dead, though nobody has closed it:
-# streams between routers stand still until then, 1.5 to 2.3 s.
-PING_S, PINGS = 0.75, 2
+# How often a connection is looked at, and the silence after which it is dead though nobody closed it.
+LOOK_S, SILENT_S = 0.25, 1.25
+# The client's own pings, which count no messages as signs of life, only find out that it broke itself.
+CLIENT_PING_S, CLIENT_PINGS = 10, 2
 # The server's own limit is a megabyte a message; while it does not read, no more than this waits.
 MOST_WAITING_BYTES = 16 << 20
+CLOSE_S = 1
 
 
 class NatsBus(Parcels):
@@ -43,6 +49,7 @@ class NatsBus(Parcels):
         self._tasks: list[asyncio.Task[None]] = []
         self._lost = asyncio.Event()
         self._said_away = False
+        self._ping: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
@@ -61,6 +68,10 @@ class NatsBus(Parcels):
     async def stop(self) -> None:
         if self.up:
             await self.flushed()
+        client = self._client
+        if client is not None and client.is_connected:
+            with suppress(Exception):
+                await client.flush(CLOSE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -74,18 +85,34 @@ class NatsBus(Parcels):
             try:
                 await self._connect(client)
             except Exception as error:
-                self._say_away(error)
-                with suppress(Exception):
-                    await client.close()
+                self._say_away(type(error).__name__)
+                await _drop(client)
                 await asyncio.sleep(AGAIN_S)
                 continue
             self._client = client
             self._said_away = False
             log.info("bus connected server=%s", _shown(client))
             self.on_up()
-            await self._lost.wait()
-            self._say_away(None)
+            why = await self._until_lost(client)
+            self._say_away(why)
             await self._close()
+
+    async def _until_lost(self, client: Client) -> str:
+        """Wait until a connection is closed, or silent; which of them."""
+        silent, heard = 0.0, 0
+        while silent < SILENT_S:
+            if self._ping is None or self._ping.done():
+                silent = 0.0
+                self._ping = asyncio.create_task(_ping(client), name="nats-ping")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), LOOK_S)
+            if self._lost.is_set() or client.is_closed:
+                return "lost"
+            # By turns of ours rather than by the clock: what came while we were busy is read first.
+            silent += LOOK_S
+            if heard != (heard := client.stats["in_msgs"]):
+                silent = 0.0
+        return "silent"
 
     async def _connect(self, client: Client) -> None:
         async with asyncio.timeout(CONNECT_S + 1):
@@ -96,9 +123,10 @@ class NatsBus(Parcels):
                 # what it kept long after it was news.
                 allow_reconnect=False,
                 connect_timeout=CONNECT_S,
-                ping_interval=PING_S,  # pyright: ignore[reportArgumentType] - seconds, also parts
-                max_outstanding_pings=PINGS,
-                pending_size=MOST_WAITING_BYTES,
+                ping_interval=CLIENT_PING_S,
+                max_outstanding_pings=CLIENT_PINGS,
+                # Beyond its own limit a client waits for the server, and all others behind it.
+                pending_size=2 * MOST_WAITING_BYTES,
                 no_echo=True,
                 error_cb=self._on_error,
                 closed_cb=self._on_lost,
@@ -111,10 +139,10 @@ class NatsBus(Parcels):
     async def _close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with suppress(Exception):
-                if client.is_connected:
-                    await client.flush(1)
-                await client.close()
+            await _drop(client)
+        if self._ping is not None:
+            self._ping.cancel()
+            self._ping = None
 
     async def _on_parcel(self, message: Msg) -> None:
         self.take(message.data)
@@ -133,17 +161,34 @@ class NatsBus(Parcels):
                 client = self._client
                 if client is None or not client.is_connected:
                     continue  # It has its number, so that receivers miss it.
+                if client.pending_data_size > MOST_WAITING_BYTES:
+                    continue  # The server does not read: as if it were away.
                 subject = self._all if to is None else self._prefix + to
                 try:
                     await client.publish(subject, parcel)
                 except (nats.errors.Error, OSError) as error:
                     log.warning("bus: not sent: %r", error)
 
-    def _say_away(self, error: Exception | None) -> None:
+    def _say_away(self, why: str) -> None:
+        """`why` is no more than the name of an error, which may hold the URL, and that a password."""
         if not self._said_away:
             self._said_away = True
-            # The error may hold the URL, and that a password.
-            log.warning("bus away, going on alone: %s", type(error).__name__ if error else "lost")
+            log.warning("bus away, going on alone: %s", why)
+
+
+async def _ping(client: Client) -> None:
+    """Wait for the answer to a ping, for as long as there is this connection."""
+    with suppress(nats.errors.Error, OSError):
+        await client.flush(3600)
+
+
+async def _drop(client: Client) -> None:
+    """Close a connection. What is unsent would be waited for until the server reads: it is dropped."""
+    writer = getattr(client._transport, "_io_writer", None)
+    if writer is not None:
+        writer.transport.abort()
+    with suppress(Exception):
+        await asyncio.wait_for(client.close(), CLOSE_S)
 
 
 def _shown(client: Client) -> str:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -71,15 +71,15 @@ class NatsServer:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
-    def hang(self) -> None:
-        """SIGSTOP: its connections stay, and nothing comes from it."""
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT in the end: it closes nothing, refuses nothing and answers nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """After `hang`: it does at once what it was told meanwhile."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
 
 @asynccontextmanager

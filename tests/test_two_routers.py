@@ -15,7 +15,7 @@ import pytest
 
 from router import dispatcher, jobs
 from tests.nats_tools import CutProxy, NatsServer
-from tests.pair_rig import joined, parted, running_pair, worker_at
+from tests.pair_rig import joined, running_pair, worker_at
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import ADMIN_TOKEN, Rig
 
@@ -470,37 +470,6 @@ async def test_a_stream_goes_on_while_nats_is_killed_and_when_it_is_back(
             await worker.finish(job, tokens=9)
             await asyncio.wait_for(reader.task, PATIENCE_S)
             assert reader.done and reader.text == "before, while it is away, and after."
-        assert (await a.books()).in_order
-    await nats.kill()
-
-
-async def test_a_stream_goes_on_while_nats_hangs_and_when_it_has_come_to_itself(
-    tmp_path: Path, database_url: str
-):
-    """Nobody closes a connection; what lay in them is delivered late, and said to nobody twice."""
-    nats = NatsServer(tmp_path)
-    await nats.start()
-    async with running_pair(tmp_path, database_url, lines=(nats.url, nats.url)) as (a, b):
-        key = await a.bearer()
-        async with worker_at(b, known_at=a) as worker:
-            reader = Reader(a.http, key)
-            job = await worker.job()
-            await worker.say(job, "before, ")
-            await reader.until_shown("before, ")
-            nats.hang()
-            await worker.say(job, "while it hangs, ", seq=1)
-            await until(lambda: parted([a, b]))
-            await reader.until_shown("before, while it hangs, ")
-            await worker.say(job, "still, ", seq=2)
-            await reader.until_shown("before, while it hangs, still, ")
-            nats.go_on()
-            await until(lambda: joined([a, b]))
-            await worker.say(job, "and after.", seq=3)
-            whole = "before, while it hangs, still, and after."
-            await reader.until_shown(whole)
-            await worker.finish(job, tokens=9)
-            await asyncio.wait_for(reader.task, PATIENCE_S)
-            assert reader.done and reader.text == whole
         assert (await a.books()).in_order
     await nats.kill()
 
