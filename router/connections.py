@@ -86,6 +86,10 @@ class PatientHttp(HttpToolsProtocol):
             scope = cast(dict[str, Any], self.cycle.scope)
             scope.setdefault("extensions", {})[LINE] = DirectConnection(self.cycle)
             self.cycle.transport = cast(asyncio.Transport, HeadWithBody(self.transport, self.loop))
+            if scope["http_version"] == "1.0":
+                # Now, rather than when it is made: uvicorn makes it, and the task that uses it.
+                self.cycle.__class__ = UntilClosed
+                self.cycle.waiting_for_100_continue = False
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -94,6 +98,22 @@ class PatientHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         super().on_message_complete()
+
+
+class UntilClosed(RequestResponseCycle):
+    """An answer to a client of HTTP/1.0, which knows no chunks and no `100 Continue`: a body whose
+    length is not known before is whole when the connection is closed."""
+
+    open_ended = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            if b"content-length" not in names:
+                self.open_ended, self.chunked_encoding = True, False
+        elif self.open_ended:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class HeadWithBody:

@@ -88,6 +88,48 @@ async def test_requests_that_are_sent_ahead_are_answered_in_order(router: Rig):
     assert got.count("data: [DONE]") == 2 and got.index("max_multiplier") > places[-1]
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_stream_to_a_client_that_wants_its_connection_closed_ends_with_it(
+    router: Rig, version: str
+):
+    """HTTP/1.0 knows no chunks: there the end of the connection is all that says that it is whole."""
+    payer = await router.bearer()
+    head = b"HTTP/1.1\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    async with router.worker() as worker, connected(router) as (reader, writer):
+        request = asks(payer).replace(b"HTTP/1.1\r\n", head.replace(b"1.1", version.encode()))
+        writer.write(request)
+        job = await worker.job()
+        await worker.say(job, "one ", seq=0)
+        got = await until_read(reader, b"one ")
+        await worker.say(job, "two ", seq=1)
+        got += await until_read(reader, b"two ")
+        await worker.finish(job, tokens=2)
+        got += await asyncio.wait_for(reader.read(), PATIENCE_S)
+    if version == "1.1":
+        said, _, got = got.partition(b"\r\n\r\n")
+        assert said == b"HTTP/1.1 100 Continue"
+    said, _, body = got.partition(b"\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 200") and b"\r\nconnection: close" in said
+    assert b"content-length" not in said
+    assert (b"transfer-encoding: chunked" in said) == (version == "1.1")
+    if version == "1.1":
+        assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    else:
+        assert body.endswith(b"data: [DONE]\n\n")
+        events = body.decode().removesuffix("\n\n").split("\n\n")
+        assert all(event.startswith(("data: ", ":")) for event in events), events
+
+
+@pytest.mark.parametrize("path", ["/info", "/docs", "/nowhere", "/metrics"])
+async def test_a_whole_answer_says_its_length_to_a_client_of_any_version(router: Rig, path: str):
+    async with connected(router) as (reader, writer):
+        writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        got = await asyncio.wait_for(reader.read(), PATIENCE_S)
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head.lower().split(b"\r\n")
+    assert b"transfer-encoding" not in head and b"\r\nconnection: close" in head
+
+
 async def test_what_a_request_or_a_worker_needed_is_free_as_soon_as_it_is_over(router: Rig):
     """Without Python's collector, which a router lets come seldom."""
     payer = await router.bearer()
