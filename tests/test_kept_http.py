@@ -145,6 +145,65 @@ async def test_what_is_not_whole_is_no_answer_and_is_not_asked_again(turn: Turn)
         assert len(server.heads) == 1
 
 
+def without_end(head: bytes, part: bytes) -> Turn:
+    async def turn(writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(head)
+        while True:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    return turn
+
+
+@pytest.mark.parametrize(
+    "turn, most",
+    [
+        (without_end(OK + b"\r\n", b"x" * 1000), "300000"),
+        (without_end(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"), "300000"),
+        (without_end(OK + b"Content-Length: 99999999999\r\n\r\n", b"x" * 1000), "300000"),
+        (without_end(OK + b"X-Long: ", b"x" * 1000), "65536"),
+        (without_end(OK, b"X-Many: x\r\n"), "65536"),
+        (without_end(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"), "65536"),
+    ],
+    ids=["to the end", "chunks", "a length", "a header", "headers", "hints"],
+)
+async def test_an_answer_without_end_is_cut(
+    turn: Turn, most: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_http, "MOST_ANSWER_BYTES", 300_000)
+    async with serving(turn) as (_, calls):
+        for _ in range(2):
+            with pytest.raises(NoAnswer, match=f"^AnswerTooLong: over {most} bytes$"):
+                await asyncio.wait_for(ask(calls), PATIENCE_S)
+
+
+async def test_many_long_answers_at_once_are_not_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which would be taken alone."""
+    monkeypatch.setattr(kept_http, "MOST_BYTES_AT_ONCE", 2_500_000)
+    release = asyncio.Event()
+
+    async def turn(writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(OK + b"Content-Length: 1000001\r\n\r\n" + b"x" * 1_000_000)
+        await writer.drain()
+        await release.wait()
+        writer.write(b"x")
+
+    async with serving(turn) as (_, calls):
+        asking = [asyncio.create_task(ask(calls, read_timeout_s=PATIENCE_S)) for _ in range(4)]
+        cut, kept = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        while len(kept) > 2:
+            done, kept = await asyncio.wait(kept, return_when=asyncio.FIRST_COMPLETED)
+            cut |= done
+        for task in cut:
+            assert "in all answers together" in str(task.exception())
+        release.set()
+        for task in kept:
+            assert len((await task)[1]) == 1_000_001
+        # And what they took is free again.
+        assert len((await ask(calls, read_timeout_s=PATIENCE_S))[1]) == 1_000_001
+
+
 async def test_a_connection_is_kept_and_used_again() -> None:
     async with serving(saying(PLAIN)) as (server, calls):
         for _ in range(5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ from billing.lightning import (
     BackendError,
     BackendUnavailable,
     OutcomeUnknown,
+    bounded_answer,
     lnd,
 )
 from billing.lightning.node_http import Fields, NodeHttp, StreamQuiet, trusting
@@ -123,6 +125,34 @@ async def test_a_stream_is_read_line_by_line_and_its_end_is_seen() -> None:
         replies = [r async for r in node.lines("x", "GET", "/", read_timeout_s=2)]
         await node.aclose()
     assert [reply.value for reply in replies] == [[1], [2]]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_stream_of_which_one_line_does_not_end_is_cut(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_answer, "MOST_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(bounded_answer, "MOST_LINE_BYTES", 100_000)
+
+    async def answer(request: Request) -> AsyncIterator[bytes]:
+        assert request.headers["accept-encoding"] == "identity"
+        yield f"HTTP/1.1 {status} X\r\n\r\n".encode()
+        if status == 200:
+            yield b"".join(b"[1]\n" for _ in range(100_000))  # long, but of lines
+        while True:
+            yield b"x" * 1000
+            await asyncio.sleep(0)
+
+    async with Loopback(answer) as server:
+        node = NodeHttp("node", server.url("").rstrip("/"), headers={})
+        replies = []
+        with pytest.raises(OutcomeUnknown) as raised:
+            async with asyncio.timeout(20):
+                async for reply in node.lines("x", "GET", "/", read_timeout_s=2):
+                    replies.append(reply.value)
+        assert raised.value.detail == "AnswerTooLong: over 100000 bytes"
+        assert replies == ([[1]] * 100_000 if status == 200 else [])
+        await node.aclose()
 
 
 @pytest.mark.parametrize(

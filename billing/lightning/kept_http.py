@@ -4,7 +4,8 @@
                           └── anything else ───────▶ closed
 
 httpx does the same, and much else, in 0.7 to 1 ms of the router's time; each paid request makes such a
-call. No retries, no redirects, no cookies, no proxies, no compression.
+call. No retries, no redirects, no cookies, no proxies, no compression. What a server may have us keep
+in memory is limited: for one answer, and for all that are on their way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 import httptools
 import httpx
 
+from billing.lightning.bounded_answer import MOST_ANSWER_BYTES, TooLong
 from billing.public_tls import public_tls
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 # Less than a node keeps an idle connection, so that no request meets a closing one.
 IDLE_S = 20.0
 IDLE_MOST = 64
+# Of an answer without its body, and of all bodies that are on their way together.
+MOST_HEAD_BYTES = 64 << 10
+MOST_BYTES_AT_ONCE = 4 * MOST_ANSWER_BYTES
 
 
 class NotSent(Exception):
@@ -59,6 +64,7 @@ class KeptHttp:
         self._room = asyncio.Semaphore(most)
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
+        self._taken = _Taken()
         lines = {"Host": parsed.netloc.decode("ascii"), "Accept": "*/*", **(headers or {})}
         self._head = "".join(f"{name}: {_one_line(value)}\r\n" for name, value in lines.items())
 
@@ -72,7 +78,7 @@ class KeptHttp:
         read_timeout_s: float,
     ) -> tuple[int, bytes]:
         """Status and body of one answer. Raises NotSent, and NoAnswer, also when nothing more came for
-        `read_timeout_s`."""
+        `read_timeout_s`, or too much came."""
         head = f"{method} {_one_line(self._prefix + path)} HTTP/1.1\r\n{self._head}"
         if body:
             head += f"Content-Type: {content_type}\r\n"
@@ -130,7 +136,7 @@ class KeptHttp:
 
     async def _connect_to(self, address: str | int) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            _Connection,
+            lambda: _Connection(self._taken),
             str(address),
             self._port,
             ssl=self._tls,
@@ -160,15 +166,25 @@ class KeptHttp:
             self._idle.pop(0).abort()
 
 
+class _Taken:
+    """The bytes of all answers that are on their way from one address."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class _Connection(asyncio.Protocol):
     """One connection, with at most one request under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: _Taken) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
         self._parser: Any = None
-        self._body: list[bytes] = []
+        # In one piece: a server may send a body in millions of parts.
+        self._body = bytearray()
+        self._taken = taken
+        self._came_bytes = 0
         self._headed = self._measured = False
         self._heard_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -193,7 +209,6 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None and self._answer is None
         self._answer = self._loop.create_future()
         self._parser = httptools.HttpResponseParser(self)
-        self._body.clear()
         self._headed = self._measured = False
         # Not usable again before the answer is whole, whatever becomes of the caller.
         self.usable = False
@@ -205,6 +220,9 @@ class _Connection(asyncio.Protocol):
         finally:
             self._timer.cancel()
             self._answer = None
+            self._taken.bytes -= self._came_bytes
+            self._came_bytes = 0
+            self._body = bytearray()
 
     def abort(self) -> None:
         self.usable = False
@@ -226,7 +244,7 @@ class _Connection(asyncio.Protocol):
     def _finish(self, *, usable: bool) -> None:
         if self._answer is not None and not self._answer.done():
             self.usable = usable
-            self._answer.set_result((self._parser.get_status_code(), b"".join(self._body)))
+            self._answer.set_result((self._parser.get_status_code(), bytes(self._body)))
 
     # What the transport says.
 
@@ -243,6 +261,19 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(type(error).__name__)
+        else:
+            self._limit(len(data))
+
+    def _limit(self, more_bytes: int) -> None:
+        if self._answer is None or self._answer.done():
+            return
+        self._came_bytes += more_bytes
+        self._taken.bytes += more_bytes
+        most = MOST_ANSWER_BYTES if self._headed else MOST_HEAD_BYTES
+        if self._came_bytes > most:
+            self._fail(f"AnswerTooLong: {TooLong(most)}")
+        elif self._taken.bytes > MOST_BYTES_AT_ONCE:
+            self._fail(f"AnswerTooLong: {TooLong(MOST_BYTES_AT_ONCE)} in all answers together")
 
     def eof_received(self) -> None:
         # A body that says nothing of its length ends here.
@@ -267,7 +298,7 @@ class _Connection(asyncio.Protocol):
         self._headed = self._parser.get_status_code() >= 200
 
     def on_body(self, body: bytes) -> None:
-        self._body.append(body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         if self._headed:

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 
 import httpx
 
-from billing.lightning import BackendAuthError, BackendUnavailable, OutcomeUnknown
+from billing.lightning import BackendAuthError, BackendUnavailable, OutcomeUnknown, bounded_answer
 from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
 from billing.public_tls import public_tls
 
@@ -138,7 +138,7 @@ class NodeHttp:
         )
         self._client = httpx.AsyncClient(
             base_url=url,
-            headers=dict(headers),
+            headers={**headers, **bounded_answer.IDENTITY},
             verify=tls,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             limits=_LIMITS,
@@ -201,15 +201,17 @@ class NodeHttp:
             ) as response:
                 self._refuse_unauthorized(operation, response.status_code)
                 if response.status_code != 200:
-                    yield self._reply(operation, response.status_code, await response.aread())
+                    said = await bounded_answer.whole(response)
+                    yield self._reply(operation, response.status_code, said)
                     return
-                async for line in response.aiter_lines():
-                    if line.strip():
-                        yield self._reply(operation, 200, line.encode())
+                async for line in bounded_answer.lines(response):
+                    yield self._reply(operation, 200, line)
         except httpx.ReadTimeout:
             raise StreamQuiet from None
         except httpx.RequestError as error:
             raise self._failed(operation, error) from None
+        except bounded_answer.TooLong as error:
+            raise self._unanswered(operation, f"AnswerTooLong: {error}") from None
 
     async def aclose(self) -> None:
         # Shielded, so that a cancelled shutdown does not leave sockets behind.

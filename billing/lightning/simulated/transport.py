@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from billing.lightning import BackendRejected, BackendUnavailable, OutcomeUnknown
+from billing.lightning import BackendRejected, BackendUnavailable, OutcomeUnknown, bounded_answer
 from billing.lightning.kept_http import KeptHttp, NoAnswer, NotSent
 from billing.lightning.simulated.network import ConnectionDropped, Network
 from billing.lightning.simulated.wallets import Refused
@@ -124,7 +124,12 @@ class Http:
     def __init__(self, url: str) -> None:
         timeout = httpx.Timeout(_STREAM_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         self._client = httpx.AsyncClient(
-            base_url=url, timeout=timeout, limits=_LIMITS, trust_env=False, verify=public_tls()
+            base_url=url,
+            headers=bounded_answer.IDENTITY,
+            timeout=timeout,
+            limits=_LIMITS,
+            trust_env=False,
+            verify=public_tls(),
         )
         self._calls = KeptHttp(url, connect_timeout_s=_CONNECT_TIMEOUT_S, most=_CONNECTIONS)
 
@@ -158,15 +163,16 @@ class Http:
                 params={} if cursor is None else {"after": cursor},
             ) as response:
                 if response.status_code != 200:
-                    await response.aread()
-                    _raise_for("settlements", response.status_code, response.json())
-                async for line in response.aiter_lines():
-                    if line:
-                        yield json.loads(line)
+                    answer = json.loads(await bounded_answer.whole(response))
+                    _raise_for("settlements", response.status_code, answer)
+                async for line in bounded_answer.lines(response):
+                    yield json.loads(line)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise _unavailable("settlements", type(error).__name__) from None
         except httpx.RequestError as error:
             raise _unknown("settlements", "the stream broke", type(error).__name__) from None
+        except bounded_answer.TooLong as error:
+            raise _unknown("settlements", "the stream is too long", str(error)) from None
         except ValueError:
             raise _unknown("settlements", "the stream cannot be read") from None
         raise _unknown("settlements", "the stream ended")
