@@ -120,6 +120,7 @@ def join(
         _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
     )
     presence = Presence(database, models, market, relay, router_id=this_router)
+    presence.minute_tokens_here = attempts.tally.recent.total
     far_calls = FarCalls(relay)
     far_jobs = FarJobs(database, hub, relay, others=lambda: presence.others > 0)
     job_core = Jobs(

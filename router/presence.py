@@ -46,13 +46,20 @@ BLIND_S = 3 * WRITE_S
 MOST_NAMED = 8
 
 _WRITE = """
-insert into routers (id, started_at, seen_at, workers) values ($1, now(), clock_timestamp(), $2)
-on conflict (id) do update set seen_at = clock_timestamp(), workers = excluded.workers"""
+insert into routers (id, started_at, seen_at, workers, minute_tokens)
+values ($1, now(), clock_timestamp(), $2, $3)
+on conflict (id) do update set seen_at = clock_timestamp(), workers = excluded.workers,
+    minute_tokens = excluded.minute_tokens"""
 
 # Its age by the database's own clock, which wrote it.
 _OTHERS = """
 select id, seen_at, workers, extract(epoch from clock_timestamp() - seen_at)::float8 as age_s
 from routers where id <> $1"""
+
+# Of one that has died, what it wrote counts until the minute is over.
+_MINUTE_TOKENS = """
+select coalesce(sum(minute_tokens), 0)::bigint from routers
+where seen_at > clock_timestamp() - interval '60 s'"""
 
 _FORGET = "delete from routers where seen_at < now() - interval '1 day'"
 
@@ -89,6 +96,7 @@ class Presence:
         self._last_words: list[dict[str, Any]] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.on_change: Callable[[], None] = lambda: None
+        self.minute_tokens_here: Callable[[], int] = lambda: 0
         self._fleet.on_change = self._changed.set
         relay.on_hello = self._on_hello
         relay.listen("who", lambda sender: relay.bus.send(sender, self._hello()))
@@ -130,6 +138,11 @@ class Presence:
     def others_known(self) -> list[str]:
         """All other routers that were heard of, the lost ones too."""
         return list(self._peers)
+
+    async def minute_tokens(self) -> int:
+        """The tokens of the last minute at all routers, as each has told: the same at any."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(_MINUTE_TOKENS)
 
     def start(self) -> None:
         self._tasks = [
@@ -201,7 +214,9 @@ class Presence:
         """Move our row, read the others', and note which workers are connected here."""
         began = time.monotonic()
         async with self._database.connection() as connection:
-            await connection.execute(_WRITE, self._router_id, json.dumps(self._summary()))
+            await connection.execute(
+                _WRITE, self._router_id, json.dumps(self._summary()), self.minute_tokens_here()
+            )
             await connection.execute(_FORGET)
             rows = await connection.fetch(_OTHERS, self._router_id)
             await self._note_workers(connection)

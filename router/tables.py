@@ -280,7 +280,8 @@ class WorkerRow(SQLModel, table=True):
 class RouterRow(SQLModel, table=True):
     """A router that lives, or lived not long ago: `seen_at` moves while it does.
 
-    `workers` is what the workers connected to it can take, summed up (`router.presence`).
+    `workers` is what the workers connected to it can take, summed up (`router.presence`), and
+    `minute_tokens` what was written there in the minute before `seen_at`.
     """
 
     __tablename__ = "routers"
@@ -288,6 +289,7 @@ class RouterRow(SQLModel, table=True):
     started_at: datetime = Field(sa_column=_now())
     seen_at: datetime = Field(sa_column=_now())
     workers: list = Field(sa_column=Column(JSONB, nullable=False, server_default="[]"))
+    minute_tokens: int = Field(sa_column=Column(BigInteger, nullable=False, server_default="0"))
 
 
 class WorkerEventRow(SQLModel, table=True):

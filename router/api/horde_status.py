@@ -38,6 +38,10 @@ _RUNNING = """
 select count(*) as jobs, coalesce(sum(max_tokens), 0)::bigint as tokens from jobs
 where state = 'running' and kind in ('chat', 'completion')"""
 
+_ALIVE = """
+select (select count(*) from jobs where state = 'queued') as queued,
+    (select count(*) from jobs where state = 'running') as running"""
+
 
 class Remembered:
     """Facts that cost some queries and are asked for by everybody: read anew after two seconds, or
@@ -63,6 +67,7 @@ async def _read_queue(core: Core) -> dict[str, Any]:
         waiting = await connection.fetch(_WAITING)
         running = await connection.fetchrow(_RUNNING)
     return {
+        "minute_tokens": await core.presence.minute_tokens(),
         "models": {row["model"]: (row["jobs"], row["tokens"]) for row in waiting},
         "jobs": sum(row["jobs"] for row in waiting) + running["jobs"],
         "tokens": sum(row["tokens"] for row in waiting) + running["tokens"],
@@ -145,7 +150,7 @@ async def performance(request: Request) -> Response:
                 "interrogator_count": 0,
                 "interrogator_thread_count": 0,
                 "queued_tokens": queue["tokens"],
-                "past_minute_tokens": core.attempts.tally.recent.total(),
+                "past_minute_tokens": queue["minute_tokens"],
             }
         )
     except Exception as error:
@@ -162,7 +167,7 @@ async def heartbeat(request: Request) -> Response:
         return refusal(error, request)
     try:
         async with core.database.connection() as connection:
-            queued = await connection.fetchval("select count(*) from jobs where state = 'queued'")
+            queued, running = await connection.fetchrow(_ALIVE)
     except DatabaseUnavailable:
         return answer({"message": "DOWN", "version": software_version()}, status=503)
     full = queued >= core.settings.max_queue
@@ -172,7 +177,7 @@ async def heartbeat(request: Request) -> Response:
             "version": software_version(),
             "queue": queued,
             "threads": 1,
-            "active_count": len(core.attempts.running),
+            "active_count": running,
             "db_connection": True,
         }
     )
