@@ -207,7 +207,8 @@ async def test_of_two_transactions_that_wait_for_each_other_both_are_done(databa
 
     done = await asyncio.gather(database.run(work("a", 1, 2)), database.run(work("b", 2, 1)))
     assert done == ["a", "b"]
-    assert len(tries) == 3, "one of them was ended by PostgreSQL, and tried again"
+    # And perhaps once more: one that tries again may take its first row before the other is awake.
+    assert len(tries) >= 3, "one of them was ended by PostgreSQL, and tried again"
     async with database.connection() as connection:
         rows = await connection.fetch("select what from noted")
     assert [sorted(row["what"]) for row in rows] == [["a", "b"], ["a", "b"]]
