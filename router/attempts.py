@@ -24,7 +24,7 @@ import orjson
 from router import charging, results
 from router.answer_hash import answer_hash
 from router.charging import NOTHING, Charge, Delivered
-from router.database import BatchingWriter, Database, DatabaseUnavailable
+from router.database import BatchingWriter, ConnectionBroke, Database, DatabaseUnavailable
 from router.demands import conditions_of
 from router.job_records import Claimed, Ended, Ending, GiveBack, NewJob, Resumed
 from router.job_states import Event, State
@@ -444,7 +444,7 @@ class Attempts:
         for it, except that its readers are told how it ended before."""
         kind = "cancel" if ending.attempt is None else "end"
         try:
-            ended: Ended | None = await self._certainly(kind, ending)
+            ended, unsure = await self._written(kind, ending)
             if ended is not None:
                 self.tally.count(ending, ended)
                 self.tell_ended(ending.job_id, _outcome(ending, ended, running, answer))
@@ -452,6 +452,8 @@ class Attempts:
             row = await self._row(ending.job_id)
             before = outcome_of(row) if row is not None else None
             if before is not None:
+                if unsure:
+                    self.tally.count_found(ending, row)
                 self.tell_ended(ending.job_id, before)
         finally:
             # Whatever happened, its lease is not renewed any more: what is not ended will be lost.
@@ -516,11 +518,17 @@ class Attempts:
 
     async def _certainly(self, kind: str, row: Any) -> Any:
         """Write until it is known to be written; the guards make a second time harmless."""
-        pause_s = 0.05
+        result, _ = await self._written(kind, row)
+        return result
+
+    async def _written(self, kind: str, row: Any) -> tuple[Any, bool]:
+        """The same, and whether a time before the last may have been the one that did it."""
+        pause_s, unsure = 0.05, False
         while True:
             try:
-                return await self._writer.write(kind, row)
-            except DatabaseUnavailable:
+                return await self._writer.write(kind, row), unsure
+            except DatabaseUnavailable as error:
+                unsure = unsure or isinstance(error, ConnectionBroke)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, 2)
 

@@ -47,6 +47,16 @@ class ConnectionBroke(DatabaseUnavailable):
     """PostgreSQL went away in the middle: what was asked of it may have been done."""
 
 
+class PartlyDone(Exception):
+    """Raised by a handler of the batching writer: some of its rows are written for good, and something,
+    the cause of this, went wrong with the rest, of which nothing is."""
+
+    def __init__(self, results: dict[int, Any]) -> None:
+        """`results`: those of the rows that are written, by their places."""
+        super().__init__(f"{len(results)} writes are done, the others are not")
+        self.results = results
+
+
 _GONE = (
     OSError,
     asyncpg.InterfaceError,
@@ -248,7 +258,8 @@ class BatchingWriter:
     turn is mostly waiting for PostgreSQL. Two that want the same rows are best in one group.
 
     `single`: kinds of one statement, which is a transaction without words around it. Where a handler
-    needs a second one after all, the first must do no harm by itself.
+    needs a second one after all, the first must do no harm by itself; it may say what that has done
+    when the second fails (PartlyDone).
     """
 
     def __init__(
@@ -321,6 +332,9 @@ class BatchingWriter:
                 for _, future in rows:
                     _fail(future, error)
             return
+        except PartlyDone as partly:
+            await self._rest(group, batch, partly)
+            return
         except Exception as error:
             size = sum(len(rows) for rows in batch.values())
             if size > 1:
@@ -344,6 +358,21 @@ class BatchingWriter:
             for kind, rows in batch.items():
                 results[kind] = await group.handlers[kind](connection, rows)
         return results
+
+    async def _rest(self, group: _Group, batch: Batch, partly: PartlyDone) -> None:
+        """Callers whose rows are done go on; the others' are run singly, or met a broken connection."""
+        log.warning("some writes of a batch failed: %r", partly.__cause__)
+        ((kind, rows),) = batch.items()
+        for place, result in partly.results.items():
+            self.rows += 1
+            _resolve(rows[place][1], result)
+        for place, (row, future) in enumerate(rows):
+            if place in partly.results:
+                continue
+            if is_away(partly.__cause__):
+                _fail(future, ConnectionBroke(str(partly.__cause__)))
+            else:
+                await self._alone(group, kind, row, future)
 
     async def _alone(self, group: _Group, kind: str, row: Any, future: asyncio.Future) -> None:
         for attempt in range(TRIES):

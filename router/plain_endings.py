@@ -15,6 +15,7 @@ import asyncpg
 import orjson
 
 from router import job_states
+from router.database import PartlyDone
 from router.job_endings import end_many, settle
 from router.job_records import Claimed, Ended, Ending
 from router.job_states import Event, State
@@ -99,7 +100,7 @@ async def end_plain(
     """As `end_many` does: those that are plain in one statement, then what is left step by step.
 
     A handler of the batching writer. Without a transaction around it, what the statement has done stays
-    done when a step fails; told again, it is None.
+    done when a step fails, and is told in a PartlyDone.
     """
     first: dict[str, int] = {}
     for place, row in enumerate(rows):
@@ -118,10 +119,16 @@ async def end_plain(
     results: dict[int, Ended | None] = {first[job_id]: done for job_id, done in ended.items()}
     left = [place for place in range(len(rows)) if place not in results]
     if left:
-        async with connection.transaction():
-            steps = await end_many(
-                connection, [rows[place] for place in left], wipe_after_s=wipe_after_s
-            )
+        is_done = bool(results) and not connection.is_in_transaction()
+        try:
+            async with connection.transaction():
+                steps = await end_many(
+                    connection, [rows[place] for place in left], wipe_after_s=wipe_after_s
+                )
+        except Exception as error:
+            if is_done:
+                raise PartlyDone(dict(results)) from error
+            raise
         results |= zip(left, steps, strict=True)
     return [results[place] for place in range(len(rows))]
 

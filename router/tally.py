@@ -9,10 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
 from router.job_records import Ended, Ending
+from router.job_states import MOVES
+from router.job_views import outcome_of
 
 
 class LastMinute:
@@ -47,6 +50,21 @@ class Tally:
     charged_msat: int = 0
     refunded_msat: int = 0
     recent: LastMinute = field(default_factory=LastMinute)
+
+    def count_found(self, ending: Ending, row: Any) -> None:
+        """Count an ending of which it was not known whether it was written, if the job's row says that
+        it was this one: each attempt ends once, at one router."""
+        outcome = outcome_of(row)
+        if (
+            outcome is not None
+            and ending.attempt is not None
+            and ending.attempt == row["attempt"]
+            and ending.router_id in (None, row["router_id"])
+            and outcome.state is MOVES[ending.event][1]
+            and outcome.end_reason == ending.end_reason
+        ):
+            money = outcome.held_msat, outcome.charged_msat, outcome.refunded_msat
+            self.count(ending, Ended(row["id"], outcome.state, *money, row["ended_at"]))
 
     def count(self, ending: Ending, ended: Ended) -> None:
         """A job has ended: this is called once for each, after the commit."""

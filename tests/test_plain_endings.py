@@ -15,7 +15,7 @@ from billing import accounts, ledger
 from billing.ledger import Transfer
 from billing.trial_balance import trial_balance
 from router import job_endings, job_store, job_submits, plain_endings
-from router.database import BatchingWriter, Database
+from router.database import BatchingWriter, ConnectionBroke, Database
 from router.job_records import Claimed, Ended, Ending, GiveBack, Submission
 from router.job_states import Event, State
 from tests.job_tools import LANE, OFFER_MSAT, claim, new_job, new_quote, payer, state_of, submit
@@ -455,6 +455,66 @@ async def test_a_crowd_of_endings_of_several_routers_divides_every_escrow_once(d
             == 0
         )
     assert await books_in_order(database)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_what_the_statement_has_done_is_told_though_the_steps_after_it_fail(
+    database: Database, monkeypatch: pytest.MonkeyPatch, broken: bool
+):
+    """Its caller counts it, and whoever's steps failed tries again: all of a batch."""
+    async with database.transaction() as connection:
+        account_id = await payer(connection)
+        first, second = [await running(connection, account_id) for _ in range(2)]
+    in_order = job_endings.end_many
+
+    async def fails_once(connection: Any, rows: list[Ending], **options: Any) -> Any:
+        monkeypatch.setattr(plain_endings, "end_many", in_order)
+        done = await in_order(connection, rows, **options)
+        assert done[0] is not None
+        raise ConnectionResetError("cut") if broken else ValueError("a step that fails")
+
+    writer = BatchingWriter(database, {"end": plain}, single=["end"])
+    rows = [ending(first), replace(ending(second), router_id=None)]
+    monkeypatch.setattr(plain_endings, "end_many", fails_once)
+    writing = asyncio.gather(*(writer.write("end", row) for row in rows), return_exceptions=True)
+    await asyncio.sleep(0)
+    writer.start()
+    one, other = await writing
+    assert isinstance(one, Ended) and one.job_id == first.job_id
+    if broken:
+        assert isinstance(other, ConnectionBroke)
+        other = await writer.write("end", rows[1])
+    assert isinstance(other, Ended) and other.job_id == second.job_id
+    await writer.stop()
+    assert await books_in_order(database)
+
+
+async def test_an_ending_whose_commit_was_not_heard_of_is_counted_all_the_same(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    write = BatchingWriter.write
+    lost: list[Ending] = []
+
+    async def unheard(self: BatchingWriter, kind: str, row: Any) -> Any:
+        result = await write(self, kind, row)
+        if kind == "end" and not lost:
+            lost.append(row)
+            raise ConnectionBroke("after the commit")
+        return result
+
+    monkeypatch.setattr(BatchingWriter, "write", unheard)
+    async with router.worker() as worker:
+        for _ in range(2):
+            asked = asyncio.create_task(
+                router.http.post("/v1/chat/completions", json=CHAT, headers=await router.bearer())
+            )
+            await worker.serve()
+            assert (await asked).status_code == 200
+    assert len(lost) == 1
+    tally = router.core.attempts.tally
+    assert dict(tally.ended) == {("succeeded", "stop"): 2}
+    charged = await router.query("select sum(charged_msat) from jobs")
+    assert tally.charged_msat == charged[0][0] > 0
 
 
 async def test_an_ending_holds_no_balance_while_a_give_back_waits_for_its_job(router: Rig):
