@@ -22,6 +22,7 @@ from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
 from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
+from router.far_projects import FarProjects
 from router.jobs import Jobs
 from router.key_ring import KeyRing
 from router.maintenance import Maintenance
@@ -79,6 +80,7 @@ class Core:
     presence: Presence
     gate: WorkerGate
     projects: Projects
+    far_projects: FarProjects
     asks: Asks
     dispatcher: Dispatcher
     pull_gate: PullGate

@@ -39,6 +39,7 @@ from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
 from router.far_calls import FarCalls
 from router.far_jobs import FarJobs
+from router.far_projects import FarProjects
 from router.job_records import Claimed, NewJob, Seat, Submission, Submitted
 from router.job_stream import StreamHub
 from router.jobs import Jobs
@@ -222,6 +223,7 @@ def join(
         router_id=this_router,
         clock=clock,
     )
+    projects = Projects(database, gate, far_calls, alive=presence.alive, router_id=this_router)
     core = Core(
         settings=settings,
         runtime=RuntimeSettings(settings),
@@ -264,7 +266,10 @@ def join(
         announcer=Announcer(relay.bus, fleet, relay.tell_work),
         presence=presence,
         gate=gate,
-        projects=Projects(database, gate, far_calls, alive=presence.alive, router_id=this_router),
+        projects=projects,
+        far_projects=FarProjects(
+            database, projects, far_calls, is_lost=presence.is_lost, router_id=this_router
+        ),
         asks=asks,
         dispatcher=dispatcher,
         pull_gate=pull_gate,

@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from router.errors import BadRequest
+from router.http_endpoints import is_loopback
 from router.http_sessions import HttpModel
 from router.request_fields import integer
 from worker.protocol import ModelKind
@@ -59,6 +61,11 @@ class Project:
     models: tuple[ProjectModel, ...]
     ln_url: str | None = None
     slots: int = 1
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it names servers on the router's own machine, which no other router reaches."""
+        return any(is_loopback(urlsplit(model.api).hostname or "") for model in self.models)
 
     def by_cid(self) -> dict[str, tuple[ProjectModel, ...]]:
         """The models of each container."""

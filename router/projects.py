@@ -1,9 +1,10 @@
 """Projects whose models are reached by HTTP: registered, changed, taken out, and kept.
 
 A project belongs to whoever registered it: a worker key, or programs on the router's own machine. Only
-its owner changes it. Each of its containers is one worker (`router.http_sessions`); the table has what
-was registered, and a router lets its own projects in again when it starts, and for as long as one that
-should be there is not, from time to time.
+its owner changes it; what he orders at another router comes by way of `router.far_projects`. Each of
+its containers is one worker (`router.http_sessions`); the table has what was registered, and a router
+lets its own projects in again when it starts, and for as long as one that should be there is not, from
+time to time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ insert into projects (router_id, name, owner, has_key_identity, ln_url, slots, m
 values ($1, $2, $3, $4, $5, $6, $7)
 on conflict (router_id, name) do update set ln_url = excluded.ln_url, slots = excluded.slots,
     models = excluded.models"""
+
+# One first registration of a project by a key at a time, at all routers.
+_ALONE = "select pg_advisory_xact_lock(hashtextextended($1 || ':' || encode($2, 'hex'), 7))"
+
+_ELSEWHERE = "select router_id from projects where name = $1 and owner = $2 and router_id <> $3"
+
+
+class KeptElsewhere(Exception):
+    """Another router keeps this project: it was registered there meanwhile."""
+
+    def __init__(self, router_id: str) -> None:
+        super().__init__(router_id)
+        self.router_id = router_id
 
 
 class Projects:
@@ -78,6 +92,7 @@ class Projects:
 
         Raises Forbidden, RefusedWorker (bad URLs, bad address), and what the gate raises; a project
         that was there is then as it was, but what is refused only by the gate may have left it.
+        KeptElsewhere: another router was the first to let it in.
         """
         async with self._alone(owner, project.name):
             await self._register(project, owner, own_ports)
@@ -198,6 +213,8 @@ class Projects:
         )
         await self._let_in(project, owner, has_key_identity, own_ports)
         async with self._database.transaction() as connection:
+            if row is None and owner is not None and not project.is_local:
+                await self._refuse_second(connection, project.name, owner)
             await connection.execute(
                 _SAVE,
                 self._router_id,
@@ -209,6 +226,13 @@ class Projects:
                 json.dumps(project.models_as_json()),
             )
         log.info("project registered project=%s models=%d", project.name, len(project.models))
+
+    async def _refuse_second(self, connection: Any, name: str, owner: bytes) -> None:
+        await connection.execute(_ALONE, name, owner)
+        first = await connection.fetchval(_ELSEWHERE, name, owner, self._router_id)
+        if first is not None:
+            self._cut_project(name)
+            raise KeptElsewhere(first)
 
     async def _let_in(
         self,
@@ -238,8 +262,11 @@ class Projects:
             await connection.execute(
                 "delete from projects where router_id = $1 and name = $2", self._router_id, name
             )
-        self._cut([key for key in self._sessions if key[0] == name])
+        self._cut_project(name)
         log.info("project unregistered project=%s", name)
+
+    def _cut_project(self, name: str) -> None:
+        self._cut([key for key in self._sessions if key[0] == name])
 
     def _cut(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
@@ -281,16 +308,24 @@ class Projects:
             await asyncio.sleep(AGAIN_S)
 
     async def _bring_back(self) -> None:
-        """Let in what is registered and not there."""
+        """Let in what is registered and not there, and out what another router has taken over."""
         async with self._database.connection() as connection:
             rows = await connection.fetch(
                 "select * from projects where router_id = $1", self._router_id
             )
+        kept = {row["name"] for row in rows}
+        for name in {name for name, _ in self._sessions} - kept:
+            await self._let_go(name)
         away = [row for row in rows if not self._is_all_there(_project(row))]
         done = await asyncio.gather(*map(self._bring_one_back, away), return_exceptions=True)
         for error in done:
             if isinstance(error, BaseException):
                 raise error
+
+    async def _let_go(self, name: str) -> None:
+        async with self._locks.of(name):
+            if await self._row(name) is None:
+                self._cut_project(name)
 
     async def _bring_one_back(self, row: Any) -> None:
         # In this order: who waits for another project of its owner takes no turn from others.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -24,7 +23,6 @@ from router.api.openai import AnswerFailed, bought_answer
 from router.api.purchase import PaymentRequired, Style, payment_body
 from router.core import Core
 from router.errors import BadRequest, Forbidden, Unauthorized
-from router.http_endpoints import is_loopback
 from router.project_requests import (
     MAX_NAME,
     Project,
@@ -94,7 +92,7 @@ async def register_project(request: Request) -> Response:
     "api", "type", "cid"}]}` (DG-6)."""
     core, owner, body = await _owned(request)
     project = _allowed(request, read_project(body))
-    await core.projects.register(project, owner, own_ports=_own_ports(request))
+    await core.far_projects.register(project, owner, own_ports=_own_ports(request))
     return answer(OK)
 
 
@@ -102,7 +100,7 @@ async def register_project(request: Request) -> Response:
 async def unregister_project(request: Request) -> Response:
     """Take a project out (DG-7)."""
     core, owner, body = await _owned(request)
-    await core.projects.unregister(read_name(body), owner)
+    await core.far_projects.unregister(read_name(body), owner)
     return answer(OK)
 
 
@@ -111,7 +109,7 @@ async def register_model(request: Request) -> Response:
     """Add one model to a project, or change it there (DG-13)."""
     core, owner, body = await _owned(request)
     one = _allowed(request, Project(read_name(body), (read_model(body),)))
-    await core.projects.add_model(one, owner, own_ports=_own_ports(request))
+    await core.far_projects.add_model(one, owner, own_ports=_own_ports(request))
     return answer(OK)
 
 
@@ -122,7 +120,7 @@ async def unregister_model(request: Request) -> Response:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", param="model")
-    await core.projects.remove_model(read_name(body), model, read_cid(body), owner)
+    await core.far_projects.remove_model(read_name(body), model, read_cid(body), owner)
     return answer(OK)
 
 
@@ -158,10 +156,8 @@ def _allowed(request: Request, project: Project) -> Project:
     What listens on this machine is not a stranger's to sell, key or no key: only programs on this
     machine may name it. Raises Forbidden.
     """
-    if not _is_direct(request):
-        for model in project.models:
-            if is_loopback(urlsplit(model.api).hostname or ""):
-                raise Forbidden("only programs on this machine may register servers on it")
+    if project.is_local and not _is_direct(request):
+        raise Forbidden("only programs on this machine may register servers on it")
     return project
 
 

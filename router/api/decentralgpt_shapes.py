@@ -40,6 +40,7 @@ NUMBERS: dict[str, int] = {
     "queue_full": PROXY,
     "paused": PROXY,
     "draining": PROXY,
+    "router_silent": PROXY,
 }
 # Statuses that say something beyond `code`: pay, come with a key, come later.
 _OWN_STATUSES = frozenset({401, 402, 403, 413, 429})
