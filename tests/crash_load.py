@@ -12,14 +12,19 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+
+from tests.follower import Follower, Refused
 
 MODEL = "echo"
 PURSE = "purse"
 REPEAT_S = 0.2
 HTTP_S = 20.0
+# Whoever follows a job that ended so long ago, and was not told, waits for ever.
+UNTOLD_S = 10.0
 
 
 class GaveUp(Exception):
@@ -83,6 +88,10 @@ class Clients:
         """A client of whichever router: each request goes to another, as behind a load balancer."""
         return self._draw.choice(self._routers)
 
+    def _another(self, http: httpx.AsyncClient) -> httpx.AsyncClient:
+        """A client of any router but this one's, if there is another."""
+        return self._draw.choice([each for each in self._routers if each is not http] or [http])
+
     async def aclose(self) -> None:
         for router in self._routers:
             await router.aclose()
@@ -109,6 +118,7 @@ class Clients:
             (self._withdraw, 2),
             (self._walk_away, 1),
             (self._stored_quote, 2),
+            (self._follow, 4),
         ]
         while not self._stopping:
             errand = self._draw.choices([e for e, _ in errands], [w for _, w in errands])[0]
@@ -169,12 +179,7 @@ class Clients:
         headers = self._bearer() | {"Idempotency-Key": f"jobs-{self._draw.getrandbits(64):x}"}
         body = self._body() | {"kind": "chat"}
 
-        async def submit() -> dict[str, Any]:
-            made = await self._http.post("/jobs", json=body, headers=headers)
-            self._again_unless(made, 202)
-            return made.json()["jobs"][0]
-
-        job = await self._repeat(submit)
+        job = await self._repeat(lambda: self._submit(body, headers))
         token = {"Authorization": f"Bearer {job['token']}"}
         if self._draw.random() < 0.7:
             multiplier = str(1 + self._draw.randrange(1, 3000) / 1000)
@@ -185,6 +190,11 @@ class Clients:
         if self._draw.random() < 0.5:
             with suppress(httpx.HTTPError):
                 await self._http.delete(job["status_url"], headers=token)
+
+    async def _submit(self, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+        made = await self._http.post("/jobs", json=body, headers=headers)
+        self._again_unless(made, 202)
+        return made.json()["jobs"][0]
 
     async def _withdraw(self) -> None:
         made = await self._network.post(
@@ -241,6 +251,65 @@ class Clients:
                 self.notes.found(f"quote {quote_id} has {len(jobs)} jobs, not {body['n']}")
 
         await self._repeat(start)
+
+    async def _follow(self) -> None:
+        """Read a job's events; go on at another router when cut off, and at times for no reason."""
+        headers = self._bearer() | {"Idempotency-Key": f"follow-{self._draw.getrandbits(64):x}"}
+        body = self._body() | {"kind": "chat", "max_tokens": self._draw.randrange(20, 120)}
+        link = await self._repeat(lambda: self._submit(body, headers))
+        follower = Follower(link, {"Authorization": f"Bearer {link['token']}"})
+        http = self._http
+        try:
+            async with asyncio.timeout(2 * self.patience_s):
+                while follower.done is None:
+                    http = self._another(http)
+                    more = self._draw.choice((None, self._draw.randrange(1, 200)))
+                    at_least = None if more is None else len(follower.text) + more
+                    if not await self._read_on(follower, http, at_least):
+                        await asyncio.sleep(REPEAT_S)
+        except TimeoutError:
+            await self._look_whether_ended(link)
+            raise GaveUp from None
+        self._note_followed(link["id"], follower)
+
+    async def _read_on(
+        self, follower: Follower, http: httpx.AsyncClient, at_least: int | None
+    ) -> bool:
+        """Whether there was anything new to read."""
+        before = follower.last_id
+        try:
+            await follower.read(http, at_least=at_least)
+        except Refused as refused:
+            if refused.status not in (200, 503):
+                self.notes.found(f"the events of a job were refused: {refused}")
+        return follower.last_id != before
+
+    def _note_followed(self, job_id: str, follower: Follower) -> None:
+        done = follower.done or {}
+        if done["state"] == "succeeded":
+            self.notes.answer(job_id, follower.text)
+            self.notes.happened["followed to the end"] += 1
+        elif done.get("result"):
+            # What was shown in a router's last moments may be more than it has kept.
+            kept = done["result"]["choices"][0]["message"]["content"]
+            if not (kept.startswith(follower.text) or follower.text.startswith(kept)):
+                self.notes.found(f"job {job_id}: kept {kept!r}, shown {follower.text!r}")
+
+    async def _look_whether_ended(self, link: dict[str, Any]) -> None:
+        """Of a job that was followed in vain: if it ended a while ago, its reader was never told."""
+        token = {"Authorization": f"Bearer {link['token']}"}
+
+        async def look() -> str | None:
+            shown = await self._http.get(link["status_url"], headers=token)
+            self._again_unless(shown, 200)
+            return shown.json().get("ended_at")
+
+        ended_at = await self._repeat(look)
+        if ended_at is None:
+            return
+        ago = datetime.now(UTC) - datetime.fromisoformat(ended_at)
+        if ago.total_seconds() > UNTOLD_S:
+            self.notes.found(f"job {link['id']} ended at {ended_at}, and its reader was not told")
 
     # --- asking ---------------------------------------------------------------------------------
 

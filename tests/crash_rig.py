@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import signal
 import socket
@@ -213,7 +214,7 @@ WORKER_WALLET = "worker"
 class CrashRig:
     """All four parts. Names of victims are those at the top of this file."""
 
-    VICTIMS = ("router", "postgres", "worker", "network")
+    victims = ("router", "postgres", "worker", "network")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -250,6 +251,10 @@ class CrashRig:
         for part in self.parts.values():
             await part.start()
             await part.until_healthy()
+
+    def struck(self, victim: str, draw: random.Random) -> list[str]:
+        """The parts that fall with a victim."""
+        return [victim]
 
     async def kill(self, victim: str) -> None:
         """SIGKILL to a part; killing what is dead already does nothing."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests import crash_checks
 from tests.crash_load import Clients
-from tests.crash_pair_rig import CrashPairRig, running_crash_pair
+from tests.crash_market_rig import CrashMarketRig, running_crash_market
 from tests.crash_rig import CrashRig, running_crash_rig
 
 
@@ -33,17 +33,17 @@ async def run(
     kills: int,
     clients: int = 6,
     victims: tuple[str, ...] | None = None,
-    pair: bool = False,
+    routers: int = 1,
     longest_pause_s: float = 2.0,
     payouts_s: float = 240,
     payouts_must: bool = True,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Who is killed, when, and for how long is drawn from `seed`; the load is as well. `pair`: two
-    routers and a NATS server, in place of one router with its PostgreSQL inside."""
+    """Who is killed, when, and for how long is drawn from `seed`; the load is as well. One
+    router has its PostgreSQL inside; several have one, and a NATS server, between them."""
     say(f"crash run: seed {seed}, {kills} kills")
     draw = random.Random(seed)
-    running = running_crash_pair(folder) if pair else running_crash_rig(folder)
+    running = running_crash_market(folder, routers) if routers > 1 else running_crash_rig(folder)
     async with running as rig:
         opening_msat = await crash_checks.opening_msat(rig.network_url)
         shoppers = Clients(rig.urls, rig.network_url, random.Random(draw.random()))
@@ -52,7 +52,7 @@ async def run(
             async with asyncio.TaskGroup() as group:
                 for _ in range(clients):
                     group.create_task(shoppers.shop())
-                await _torment(rig, draw, kills, victims or rig.VICTIMS, longest_pause_s, say)
+                await _torment(rig, draw, kills, victims or rig.victims, longest_pause_s, say)
                 await rig.until_healthy()
                 shoppers.stop()
             async with rig.database() as connection:
@@ -82,7 +82,7 @@ async def run(
 
 
 async def _torment(
-    rig: CrashRig | CrashPairRig,
+    rig: CrashRig | CrashMarketRig,
     draw: random.Random,
     kills: int,
     victims: tuple[str, ...],
@@ -91,12 +91,14 @@ async def _torment(
 ) -> None:
     for turn in range(kills):
         pause_s, down_s = draw.uniform(0.1, longest_pause_s), draw.uniform(0, 0.8)
-        victim = draw.choice(victims)
+        struck = rig.struck(draw.choice(victims), draw)
         await asyncio.sleep(pause_s)
-        say(f"  {turn + 1}/{kills}: kill {victim} after {pause_s:.2f} s, for {down_s:.2f} s")
-        await rig.kill(victim)
+        names = " and ".join(struck)
+        say(f"  {turn + 1}/{kills}: kill {names} after {pause_s:.2f} s, for {down_s:.2f} s")
+        await asyncio.gather(*(rig.kill(name) for name in struck))
         await asyncio.sleep(down_s)
-        await rig.revive(victim)
+        for name in struck:
+            await rig.revive(name)
         # Now and then one falls while another is still getting up.
         if draw.random() < 0.7:
             await rig.until_healthy()
@@ -109,7 +111,7 @@ _EXPECTED = re.compile(
 )
 
 
-def _complaints(rig: CrashRig | CrashPairRig) -> list[str]:
+def _complaints(rig: CrashRig | CrashMarketRig) -> list[str]:
     """What a router logs only when it has a bug."""
     return [
         f"{router.name}.log: {line[:300]}"

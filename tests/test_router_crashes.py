@@ -613,7 +613,7 @@ async def test_kills_at_random_moments_of_two_routers_lose_nothing(tmp_path: Pat
         tmp_path,
         seed=seed,
         kills=5,
-        pair=True,
+        routers=2,
         victims=("router-a", "router-b", "nats", "postgres"),
         longest_pause_s=1.0,
         payouts_s=3,

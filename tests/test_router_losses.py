@@ -6,7 +6,6 @@ Real processes: two routers over one PostgreSQL and one NATS server, and a worke
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +23,7 @@ from router import presence
 from router.database import DatabaseUnavailable
 from tests.conftest import url_of
 from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
+from tests.follower import Follower
 from tests.memory_folder import memory_folder
 from tests.nats_tools import NatsServer
 from tests.reading import PATIENCE_S, until
@@ -169,58 +169,6 @@ async def pair(pair_of_processes: Pair) -> Pair:
             await part.start()
         await part.until_healthy()
     return pair_of_processes
-
-
-class Follower:
-    """Reads a job's events, and goes on at another router where it was cut off."""
-
-    def __init__(self, link: dict[str, Any], headers: dict[str, str]) -> None:
-        self.text = ""
-        self.last_id: str | None = None
-        self.done: dict[str, Any] | None = None
-        self.states: list[tuple[str, int]] = []
-        self._link = link
-        self._headers = headers
-
-    async def read(self, http: httpx.AsyncClient, *, at_least: int | None = None) -> None:
-        """Until the end, or until so many characters have been read; or until the line breaks."""
-        headers = self._headers | ({"Last-Event-ID": self.last_id} if self.last_id else {})
-        event_id: str | None = None
-        try:
-            async with http.stream("GET", self._link["events_url"], headers=headers) as reply:
-                assert reply.status_code == 200, await reply.aread()
-                async for line in reply.aiter_lines():
-                    if line.startswith("id: "):
-                        event_id = line.removeprefix("id: ")
-                    elif line.startswith("data: "):
-                        self._take(json.loads(line.removeprefix("data: ")))
-                    elif not line:
-                        self.last_id = event_id or self.last_id
-                        if self.done or (at_least is not None and len(self.text) >= at_least):
-                            return
-        except httpx.HTTPError:
-            return
-
-    def _take(self, data: dict[str, Any]) -> None:
-        if "error" in data:
-            raise AssertionError(data)
-        if isinstance(data["job"], dict):
-            self.done = data["job"]
-        elif "state" in data:
-            self.states.append((data["state"], data["attempt"]))
-        else:
-            self.text += data.get("text", "")
-
-    @property
-    def attempts(self) -> set[int]:
-        """The attempts that it has read of; while a job waits for its first, there is none."""
-        return {attempt for state, attempt in self.states if (state, attempt) != ("queued", 0)}
-
-    @property
-    def answer(self) -> str:
-        """What is stored as the whole answer."""
-        assert self.done is not None and self.done["state"] == "succeeded", self.done
-        return self.done["result"]["choices"][0]["message"]["content"]
 
 
 async def test_a_client_whose_router_is_killed_resumes_at_the_other(pair: Pair):

@@ -1,16 +1,19 @@
-"""Two routers, NATS and all that belongs to them as processes of their own, each to be killed alone.
+"""Several routers, NATS and all that belongs to them as processes, each to be killed alone.
 
-router-a, router-b  two routers over one database          python -m cli.main router
-worker-a, worker-b  workers that know both, each another first
-nats                the bus between the routers             nats-server
-postgres            the postmaster, which a supervisor starts again
-network             the simulated Lightning network
+router-a, router-b, ...  routers over one database              python -m cli.main router
+routers                  several of these at once
+worker-a, worker-b       workers that know all routers, each another first; a third router has none
+nats                     the bus between the routers            nats-server
+postgres                 the postmaster, which a supervisor starts again
+network                  the simulated Lightning network
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -25,16 +28,27 @@ from tests.nats_tools import NatsServer
 SECRET = "9" * 64
 
 
-class CrashPairRig:
+def router_names(routers: int) -> list[str]:
+    """What the routers of a market of so many are called."""
+    return [f"router-{letter}" for letter in string.ascii_lowercase[:routers]]
+
+
+def victims(routers: int) -> tuple[str, ...]:
+    """Who may be killed in a market of so many routers."""
+    rest = ("routers", "postgres", "nats", "worker-a", "worker-b", "network")
+    return (*router_names(routers), *rest)
+
+
+class CrashMarketRig:
     """What `tests.crash_rig.CrashRig` is for one router."""
 
-    VICTIMS = ("router-a", "router-b", "postgres", "nats", "worker-a", "worker-b", "network")
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, routers: int = 2) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.network_url = f"http://127.0.0.1:{(network_port := free_port())}"
-        self.ports = [free_port(), free_port()]
+        self.names = router_names(routers)
+        self.victims = victims(routers)
+        self.ports = [free_port() for _ in self.names]
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         self.network = network_part(folder, network_port)
         self.nats = NatsServer(folder)
@@ -47,7 +61,10 @@ class CrashPairRig:
                 network_url=self.network_url,
                 name=name,
             )
-            for name, urls in (("worker-a", self.urls), ("worker-b", self.urls[::-1]))
+            for name, urls in (
+                ("worker-a", self.urls),
+                ("worker-b", [*self.urls[1:], self.urls[0]]),
+            )
         ]
         self.postgres_kills = 0
 
@@ -68,11 +85,17 @@ class CrashPairRig:
                 nats_url=self.nats.url,
                 secret=SECRET,
             )
-            for name, port in zip(("router-a", "router-b"), self.ports, strict=True)
+            for name, port in zip(self.names, self.ports, strict=True)
         ]
         for part in self.parts.values():
             await part.start()
             await part.until_healthy()
+
+    def struck(self, victim: str, draw: random.Random) -> list[str]:
+        """The parts that fall with a victim: `routers` are two of them, or more, or all."""
+        if victim != "routers":
+            return [victim]
+        return draw.sample(self.names, draw.randint(2, len(self.names)))
 
     async def kill(self, victim: str) -> None:
         """SIGKILL to a part; killing what is dead already does nothing."""
@@ -120,9 +143,9 @@ class CrashPairRig:
 
 
 @asynccontextmanager
-async def running_crash_pair(folder: Path) -> AsyncIterator[CrashPairRig]:
+async def running_crash_market(folder: Path, routers: int) -> AsyncIterator[CrashMarketRig]:
     """All parts, up and connected; whatever is still alive at the end is stopped."""
-    rig = CrashPairRig(folder)
+    rig = CrashMarketRig(folder, routers)
     try:
         await rig.start()
         yield rig
