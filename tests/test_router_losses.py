@@ -6,193 +6,58 @@ Real processes: two routers over one PostgreSQL and one NATS server, and a worke
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import asyncpg
-import httpx
 import pytest
 
-from billing.trial_balance import trial_balance
 from router import presence
 from router.database import DatabaseUnavailable
-from tests.conftest import url_of
-from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
 from tests.follower import Follower
-from tests.memory_folder import memory_folder
-from tests.nats_tools import NatsServer
+from tests.market_rig import ASK, JOB, SEEN_FIRST, Market, market_of_processes
 from tests.reading import PATIENCE_S, until
 from tests.router_rig import Rig
 
 # The processes are started once.
 pytestmark = pytest.mark.xdist_group("pair of processes")
 
-ASK: dict[str, Any] = {
-    "model": "echo",
-    "messages": [{"role": "user", "content": "Say it word by word, and do not lose any of them."}],
-    "max_tokens": 100,
-}
-# Slow enough for a router to die in the middle.
-TOKEN_S = 0.02
-SEEN_FIRST = 40
-
-
-class Pair:
-    """Routers A and B as processes, one database, one NATS server, one simulated network."""
-
-    def __init__(self, folder: Path, database_url: str) -> None:
-        network_port = free_port()
-        self.folder = folder
-        self.database_url = database_url
-        self.network_url = f"http://127.0.0.1:{network_port}"
-        self.network = network_part(folder, network_port)
-        self.nats = NatsServer(folder)
-        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in "ab"]
-        self.routers = [
-            router_part(
-                folder,
-                name=name,
-                port=int(url.rpartition(":")[2]),
-                network_url=self.network_url,
-                database_url=database_url,
-                nats_url=self.nats.url,
-                secret="7" * 64,
-            )
-            for name, url in zip("ab", self.urls, strict=True)
-        ]
-
-    async def start(self) -> None:
-        await self.nats.start()
-        for part in (self.network, *self.routers):
-            if not part.running:
-                await part.start()
-        for part in (self.network, *self.routers):
-            await part.until_healthy()
-
-    async def stop(self) -> None:
-        for part in (*self.routers, self.network):
-            await part.kill()
-        await self.nats.kill()
-
-    def client(self, router: int) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.urls[router], timeout=PATIENCE_S, trust_env=False)
-
-    def index(self, url: str) -> int:
-        return self.urls.index(url)
-
-    @asynccontextmanager
-    async def worker(self, first: int) -> AsyncIterator[Part]:
-        """A real worker that tries this router first, known at both."""
-        part = worker_part(
-            self.folder,
-            router_url=",".join((self.urls[first], self.urls[1 - first])),
-            network_url=self.network_url,
-            token_s=TOKEN_S,
-        )
-        await part.start()
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                for url in self.urls:
-                    while not await _serves(url):
-                        assert part.running, part.tail()
-                        await asyncio.sleep(0.05)
-            yield part
-        finally:
-            await part.kill()
-
-    async def pay(self, invoice: str) -> str:
-        async with httpx.AsyncClient(base_url=self.network_url, trust_env=False) as network:
-            paid = await network.post("/v1/pay", json={"invoice": invoice})
-            assert paid.status_code == 200, paid.text
-            return paid.json()["preimage"]
-
-    async def buy(self, router: int) -> tuple[dict[str, str], dict[str, Any]]:
-        """A job bought with an invoice: its credential, and where it is followed."""
-        async with self.client(router) as http:
-            due = (await http.post("/jobs", json=ASK | {"kind": "chat"})).json()
-            preimage = await self.pay(due["invoice"])
-            paid = {"Authorization": f"L402 {due['l402_token']}:{preimage}"}
-            made = await http.post("/jobs", json=ASK | {"kind": "chat"}, headers=paid)
-            assert made.status_code == 202, made.text
-            return paid, made.json()["jobs"][0]
-
-    async def check_books(self, *, jobs: int) -> None:
-        """The trial balance is zero, nothing is held, and so many jobs were ever made."""
-        database = await asyncpg.connect(self.database_url)
-        try:
-            async with database.transaction(isolation="repeatable_read"):
-                trial = await trial_balance(database)
-            assert trial.in_order, trial
-            assert not trial.lines.get("liabilities:escrow")
-            assert await database.fetchval("select count(*) from jobs") == jobs
-            await database.execute("delete from jobs")
-        finally:
-            await database.close()
-
-
-async def _serves(url: str) -> bool:
-    try:
-        async with httpx.AsyncClient(timeout=2, trust_env=False) as http:
-            models = (await http.get(f"{url}/info")).json().get("models", [])
-    except (httpx.HTTPError, ValueError):
-        return False
-    return any(model["workers"] for model in models)
-
 
 @pytest.fixture(scope="module")
-def pair_of_processes(postgres_url: str, template: str) -> Iterator[Pair]:
-    async def run(statement: str) -> None:
-        connection = await asyncpg.connect(postgres_url)
-        await connection.execute(statement)
-        await connection.close()
-
-    name = f"satherd_pair_{os.getpid()}"
-    with memory_folder() as folder:
-        pair = Pair(folder, url_of(postgres_url, name))
-        asyncio.run(run(f"create database {name} template {template} strategy file_copy"))
-        yield pair
-        asyncio.run(pair.stop())
-    asyncio.run(run(f"drop database {name} with (force)"))
+def pair_of_processes(postgres_url: str, template: str) -> Iterator[Market]:
+    with market_of_processes(postgres_url, template, routers=2) as market:
+        yield market
 
 
 @pytest.fixture
-async def pair(pair_of_processes: Pair) -> Pair:
-    if not pair_of_processes.nats.running:
-        await pair_of_processes.start()
-    for part in pair_of_processes.routers:
-        if not part.running:
-            await part.start()
-        await part.until_healthy()
+async def pair(pair_of_processes: Market) -> Market:
+    await pair_of_processes.start()
     return pair_of_processes
 
 
-async def test_a_client_whose_router_is_killed_resumes_at_the_other(pair: Pair):
+async def test_a_client_whose_router_is_killed_resumes_at_the_other(pair: Market):
     """The worker is at B, the client at A. Not a character is lost or said twice."""
-    async with pair.worker(first=1):
+    async with pair.worker(1, 0):
         paid, link = await pair.buy(0)
         follower = Follower(link, paid)
         async with pair.client(0) as a:
             await follower.read(a, at_least=SEEN_FIRST)
-        await pair.routers[0].kill()
+        await pair.kill(0)
         assert follower.done is None
         async with pair.client(1) as b:
             await asyncio.wait_for(follower.read(b), PATIENCE_S)
             assert follower.text == follower.answer
             assert follower.attempts == {1}
             # And the OpenAI way: the same credential, the same request, the same answer.
-            again = await b.post("/jobs", json=ASK | {"kind": "chat"}, headers=paid)
+            again = await b.post("/jobs", json=JOB, headers=paid)
             assert again.json()["jobs"][0]["id"] == link["id"]
     await pair.check_books(jobs=1)
 
 
-async def test_a_stream_goes_on_when_the_router_of_its_worker_is_killed(pair: Pair):
+async def test_a_stream_goes_on_when_the_router_of_its_worker_is_killed(pair: Market):
     """The client at A sees nothing of it: the worker comes to A and goes on with the job."""
-    async with pair.worker(first=1):
+    async with pair.worker(1, 0):
         paid, link = await pair.buy(0)
         follower = Follower(link, paid)
         async with pair.client(0) as a:
@@ -202,20 +67,20 @@ async def test_a_stream_goes_on_when_the_router_of_its_worker_is_killed(pair: Pa
                 return len(follower.text) >= SEEN_FIRST
 
             await until(begun)
-            await pair.routers[1].kill()
+            await pair.kill(1)
             await asyncio.wait_for(reading, PATIENCE_S)
             assert follower.text == follower.answer
             assert follower.attempts == {1}
     await pair.check_books(jobs=1)
 
 
-async def test_client_and_worker_of_a_killed_router_meet_again_at_the_other(pair: Pair):
-    async with pair.worker(first=1):
+async def test_client_and_worker_of_a_killed_router_meet_again_at_the_other(pair: Market):
+    async with pair.worker(1, 0):
         paid, link = await pair.buy(1)
         follower = Follower(link, paid)
         async with pair.client(1) as b:
             await follower.read(b, at_least=SEEN_FIRST)
-        await pair.routers[1].kill()
+        await pair.kill(1)
         assert follower.done is None
         async with pair.client(0) as a:
             await asyncio.wait_for(follower.read(a), PATIENCE_S)
