@@ -167,8 +167,11 @@ class PayoutRunner:
         """Start what is due; returns the tasks."""
         context = self._context
         self._turned_at = context.clock()
+        paid_before = self.is_the_one
         if not await context.lease.hold(context.settings.lease_s):
             return []
+        if not paid_before:
+            log.info("payouts: this router is the one that pays now")
         async with context.transaction() as connection:
             paused = await payout_control.is_paused(connection)
         node, blocked = await self._ask_node()

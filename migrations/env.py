@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from alembic import context
-from sqlalchemy import Connection, pool
+from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
@@ -22,9 +22,14 @@ def _url() -> str:
     return sqlalchemy_url(configured or os.environ["SATHERD_DATABASE_URL"])
 
 
+# Routers that start together all come here: the others wait, and then find nothing left to do.
+_LOCK = text("select pg_advisory_xact_lock(hashtextextended('migrations', 0))")
+
+
 def _migrate(connection: Connection) -> None:
     context.configure(connection=connection, target_metadata=target_metadata, compare_type=True)
     with context.begin_transaction():
+        connection.execute(_LOCK)
         context.run_migrations()
 
 

@@ -101,6 +101,15 @@ class Part:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
+    async def ended(self) -> int:
+        """Wait until it ends by itself: its exit status. One that does not is killed."""
+        assert self._process is not None
+        try:
+            return await asyncio.to_thread(self._process.wait, START_S / 3)
+        except subprocess.TimeoutExpired:
+            await self.kill()
+            raise AssertionError(f"{self.name} did not end: {self.tail()}") from None
+
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if it does not listen."""
         if self._process is None or not self.running:

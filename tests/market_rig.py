@@ -44,19 +44,29 @@ class Market:
         self.network_url = f"http://127.0.0.1:{network_port}"
         self.network = network_part(folder, network_port)
         self.nats = NatsServer(folder)
-        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in range(routers)]
+        names = string.ascii_lowercase[:routers]
+        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in names]
         self.routers = [
-            router_part(
-                folder,
-                name=name,
-                port=int(url.rpartition(":")[2]),
-                network_url=self.network_url,
-                database_url=database_url,
-                nats_url=self.nats.url,
-                secret="7" * 64,
-            )
-            for name, url in zip(string.ascii_lowercase, self.urls, strict=False)
+            self._router(name, int(url.rpartition(":")[2]))
+            for name, url in zip(names, self.urls, strict=True)
         ]
+
+    def _router(self, name: str, port: int, **settings: Any) -> Part:
+        return router_part(
+            self.folder,
+            name=name,
+            port=port,
+            network_url=self.network_url,
+            database_url=self.database_url,
+            nats_url=self.nats.url,
+            secret="7" * 64,
+            **settings,
+        )
+
+    def another_in_the_folder_of(self, router: int) -> Part:
+        """A router too many: with the data folder of one that is there."""
+        folder = self.folder / self.routers[router].name
+        return self._router("stray", free_port(), data_dir=folder)
 
     async def start(self) -> None:
         """Whatever does not run."""
@@ -181,8 +191,10 @@ async def _serves(url: str) -> bool:
 
 
 @contextmanager
-def market_of_processes(postgres_url: str, template: str, routers: int) -> Iterator[Market]:
-    """A market with a database of its own, not started yet."""
+def market_of_processes(
+    postgres_url: str, routers: int, template: str = "template1"
+) -> Iterator[Market]:
+    """A market with a database of its own, which is empty unless a template is named; not started."""
 
     async def run(statement: str) -> None:
         connection = await asyncpg.connect(postgres_url)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("pair of processes")
 
 @pytest.fixture(scope="module")
 def pair_of_processes(postgres_url: str, template: str) -> Iterator[Market]:
-    with market_of_processes(postgres_url, template, routers=2) as market:
+    with market_of_processes(postgres_url, 2, template) as market:
         yield market
 
 
