@@ -8,15 +8,13 @@ where this one ended.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import re
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from pydantic import Field, SecretStr
 from cli.processes import Child, Processes
 from router.app import CannotStart, create_app
 from router.core import Core
+from router.data_folder import Taken, alone_in
 from router.secret_files import kept
 from router.serve import RouterServer
 from router.settings import Settings
@@ -130,18 +129,14 @@ def _prepare(settings: UpSettings) -> None:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold the data directory for this process. Raises CannotStart where another one has it."""
-    with (folder / "up.lock").open("a+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            stack.enter_context(alone_in(folder, "up.lock"))
+        except Taken as taken:
             raise CannotStart(
-                f"a Satherd (process {file.read().strip() or '?'}) is at work in {folder}: stop it,"
+                f"a Satherd (process {taken.process}) is at work in {folder}: stop it,"
                 " or give --data-dir another folder"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
 
 

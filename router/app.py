@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -60,6 +61,7 @@ from router.api.shortcut import Shortcut
 from router.api.unknown_paths import in_dialect, no_such_door
 from router.bus import Exchange
 from router.core import Core
+from router.data_folder import Taken, alone_in
 from router.database import Database, DatabaseUnavailable, migrate, patiently
 from router.embedded_postgres import EmbeddedPostgres
 from router.joining import join
@@ -171,6 +173,7 @@ async def running_core(
             " credentials it must know (make one with: openssl rand -hex 32)"
         )
     async with AsyncExitStack() as stack:
+        _hold_folder(settings.data_dir, stack)
         url = await _database_url(settings, stack)
         patience_s = OWN_PATIENCE_S if settings.database_url is None else OTHERS_PATIENCE_S
         database = await _open_database(url, patience_s)
@@ -189,6 +192,17 @@ async def running_core(
         )
         yield core
         await drain(core)
+
+
+def _hold_folder(folder: Path, stack: AsyncExitStack) -> None:
+    """Two routers of one name would take back each other's jobs, and not hear each other."""
+    try:
+        stack.enter_context(alone_in(folder, "router.lock"))
+    except Taken as taken:
+        raise CannotStart(
+            f"a router (process {taken.process}) is at work in {folder}: each needs a data folder of"
+            " its own (SATHERD_DATA_DIR, or --data-dir)"
+        ) from None
 
 
 async def _database_url(settings: Settings, stack: AsyncExitStack) -> str:
