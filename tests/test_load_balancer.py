@@ -1,4 +1,4 @@
-"""deploy/nginx.conf before two routers: streams come as they are said, workers connect through it."""
+"""deploy/nginx.conf before routers: streams come as they are said, workers connect through it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,12 +32,15 @@ def nginx_command() -> str:
     pytest.skip("nginx is not installed (apt-get install nginx-light)")
 
 
-def config_for(folder: Path, port: int, rigs: tuple[Rig, Rig]) -> Path:
-    """The file as it is, but for where things are."""
+def config_for(folder: Path, port: int, urls: Sequence[str]) -> Path:
+    """The file as it is, but for where things are; a third router is added as the file says."""
     text = CONFIG.read_text()
+    (line,) = [line for line in text.splitlines() if "server router-2:8000" in line]
+    more = [line.replace("router-2", f"router-{n}") for n in range(3, len(urls) + 1)]
+    text = text.replace(line, "\n".join([line, *more]))
+    names = ["router:8000", *(f"router-{n}:8000" for n in range(2, len(urls) + 1))]
     for there, here in (
-        ("router:8000", rigs[0].url.removeprefix("http://")),
-        ("router-2:8000", rigs[1].url.removeprefix("http://")),
+        *zip(names, (url.removeprefix("http://") for url in urls), strict=True),
         ("listen 8080", f"listen 127.0.0.1:{port}"),
         ("/tmp/", f"{folder}/"),
     ):
@@ -49,30 +52,30 @@ def config_for(folder: Path, port: int, rigs: tuple[Rig, Rig]) -> Path:
 
 
 @asynccontextmanager
-async def running_nginx(folder: Path, rigs: tuple[Rig, Rig]) -> AsyncIterator[str]:
+async def running_nginx(folder: Path, urls: Sequence[str]) -> AsyncIterator[str]:
     """nginx in the foreground; its URL."""
     port = free_port()
     folder.mkdir()
-    config = config_for(folder, port, rigs)
+    config = config_for(folder, port, urls)
     process = await asyncio.to_thread(
         subprocess.Popen,
         [*dying_with_us(), nginx_command(), "-c", str(config), "-g", "daemon off; user root;"]
         if os.geteuid() == 0
         else [*dying_with_us(), nginx_command(), "-c", str(config), "-g", "daemon off;"],
     )
-    url = f"http://127.0.0.1:{port}"
 
-    async def answers() -> bool:
+    async def listens() -> bool:
         assert process.poll() is None
         try:
-            async with httpx.AsyncClient(trust_env=False) as http:
-                return (await http.get(f"{url}/health/live")).status_code == 200
-        except httpx.HTTPError:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
             return False
+        writer.close()
+        return True
 
     try:
-        await until(answers)
-        yield url
+        await until(listens)
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         await asyncio.to_thread(process.wait, 10)
@@ -83,7 +86,7 @@ async def test_streams_and_workers_pass_the_load_balancer_unbuffered(
 ):
     async with (
         running_pair(tmp_path, database_url, lines=(None, None)) as rigs,
-        running_nginx(tmp_path / "nginx", rigs) as url,
+        running_nginx(tmp_path / "nginx", [rig.url for rig in rigs]) as url,
         connect(url.replace("http", "ws") + "/worker") as socket,
         httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False) as http,
     ):
@@ -108,3 +111,16 @@ async def test_streams_and_workers_pass_the_load_balancer_unbuffered(
         for reader in readers:
             await asyncio.wait_for(reader.task, PATIENCE_S)
             assert reader.done and reader.text == "Not held back. To the end."
+
+
+async def test_nobody_is_refused_though_two_of_three_routers_are_dead(tmp_path: Path, router: Rig):
+    """Each that cannot be connected to is passed over, however many there are."""
+    dead = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+    answered: set[int] = set()
+    async with (
+        running_nginx(tmp_path / "nginx", [*dead, router.url]) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False) as http,
+    ):
+        for _ in range(20):
+            answered.add((await http.get("/info")).status_code)
+    assert answered == {200}
