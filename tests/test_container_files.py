@@ -217,6 +217,44 @@ def test_the_profile_many_has_two_routers_that_are_one_market(
     assert socket_urls(told) == ["ws://router:8000/worker", "ws://router-2:8000/worker"]
 
 
+def with_a_third(text: str) -> str:
+    """What the file tells an operator: wherever `router-2` is named, `router-3` is named as well."""
+    lines: list[str] = []
+    copy: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        deeper = bool(copy) and line.startswith(_indent(copy[0]) + " ")
+        if not deeper:
+            lines += [each.replace("router-2", "router-3") for each in copy]
+            copy = []
+        if deeper or re.match(r"\s*(server )?router-2:", line):
+            copy.append(line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _indent(line: str) -> str:
+    return line[: len(line) - len(line.lstrip())]
+
+
+def test_a_third_router_is_the_second_once_more(tmp_path: Path) -> None:
+    file = tmp_path / "docker-compose.yml"
+    file.write_text(with_a_third((REPOSITORY / "docker-compose.yml").read_text()))
+    environ = {"SATHERD_SECRET": "6" * 64, "SATHERD_NATS_URL": "nats://nats:4222"}
+    done = config("-f", str(file), "--profile", "many", **SECRETS, **environ)
+    assert done.returncode == 0, done.stderr
+    known = yaml.safe_load(done.stdout)
+    second, third = known["services"]["router-2"], known["services"]["router-3"]
+    assert second["environment"] == third["environment"]
+    assert second["volumes"] != third["volumes"] and "router-3" in known["volumes"]
+    assert set(known["services"]["load-balancer"]["depends_on"]) == {
+        "router",
+        "router-2",
+        "router-3",
+    }
+    balancer = with_a_third((REPOSITORY / "deploy/nginx.conf").read_text())
+    assert re.findall(r"server ([\w-]+):8000", balancer) == ["router", "router-2", "router-3"]
+
+
 def test_everything_that_keeps_state_keeps_it_in_a_volume(
     services: dict[str, dict[str, Any]],
 ) -> None:
