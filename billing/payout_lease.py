@@ -16,12 +16,14 @@ from typing import Any
 
 _KEY = "payout_lease"
 
-# An end further away than any lease lasts was written by a clock that has been set back since.
+# An end further away than two leases last was written by a clock that has been set back since. One
+# that is further away than one was renewed a moment ago, by a process whose clock is a little ahead or
+# that was quicker to write down what it read there.
 _TAKE = """
 insert into billing_state (key, value, expires_at) values ($1, '1', $3)
 on conflict (key) do update
     set value = (billing_state.value::bigint + 1)::text, expires_at = excluded.expires_at
-    where billing_state.expires_at <= $2 or billing_state.expires_at > $3
+    where billing_state.expires_at <= $2 or billing_state.expires_at > $4
 returning value::bigint"""
 
 _RENEW = """
@@ -54,7 +56,8 @@ class PayoutLease:
     async def hold(self, lease_s: float) -> bool:
         """Take the lease, or renew it; whether it is held now."""
         now = self._clock()
-        ends_at = now + timedelta(seconds=lease_s)
+        lasts = timedelta(seconds=lease_s)
+        ends_at = now + lasts
         async with self._transaction() as connection:
             self._look(await connection.fetchrow(_READ, _KEY))
             token = self.token
@@ -62,7 +65,7 @@ class PayoutLease:
                 token = await connection.fetchval(_RENEW, _KEY, token, ends_at)
             if token is None:
                 self.token = None
-                token = await connection.fetchval(_TAKE, _KEY, now, ends_at)
+                token = await connection.fetchval(_TAKE, _KEY, now, ends_at, ends_at + lasts)
         self.token = token
         if token is not None:
             self._seen = token, ends_at

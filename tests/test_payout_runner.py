@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -171,6 +172,17 @@ async def test_two_runners_on_one_database_pay_once(world: World):
     assert one.runner.is_the_one != two.runner.is_the_one
     assert one.backend.pays + two.backend.pays == 6
     assert len(await world.network.paid_out(ROUTER)) == 6
+
+
+@pytest.mark.parametrize("behind_s", [0.001, SETTINGS.lease_s / 2, 3600])
+async def test_a_clock_that_is_a_little_behind_takes_no_lease_and_one_that_is_far_behind_does(
+    world: World, behind_s: float
+):
+    one, two = world.process(), world.process()
+    await one.runner.run_once()
+    world.skew = timedelta(seconds=-behind_s)
+    await two.runner.run_once()
+    assert two.runner.is_the_one == (behind_s > SETTINGS.lease_s)
 
 
 async def test_a_runner_that_lost_its_lease_writes_nothing_and_the_next_finds_out(world: World):
