@@ -3,6 +3,9 @@
     no statement answered for SILENT_S ── a new connection is answered ──> slow: wait on
                   └── nor a new one within PROBE_S ──> hung: who waits is told
 
+    a connection in use for SILENT_S ── its session works ──> slow: wait on
+                  └── its session has waited for SILENT_S, too ──> the line is dead: who waits is told
+
 They are told that it is not known what became of their statements. A server that comes to itself may
 still do them, after those who asked have looked in the database whether it had. So nobody uses it again
 before the sessions that were given up are ended, and gone: then what is there is what there will be.
@@ -15,6 +18,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import asyncpg
 
@@ -24,6 +28,15 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 PROBE_S = 5.0
+# Whoever has used a connection for so long does not leave it idle meanwhile: what one end says does not
+# reach the other, as when something on the way has forgotten the connection.
+_DEAD = """
+select used.pid from unnest($1::int[], $2::float8[]) used(pid, for_s)
+join pg_stat_activity a using (pid)
+where a.usename = current_user and starts_with(a.state, 'idle')
+    and a.state_change < clock_timestamp() - make_interval(secs => $3)
+    and a.backend_start < clock_timestamp() - make_interval(secs => used.for_s - 1)"""
+
 # An id of a process may be another's by now: only sessions that are older than our giving up.
 _END = """
 select a.pid, pg_terminate_backend(a.pid)
@@ -42,6 +55,7 @@ class HungServer:
         self._connect = connect
         # The server's process of each session that was given up, and when.
         self._given_up: dict[int, float] = {}
+        self._looked_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -55,8 +69,14 @@ class HungServer:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            if self._connections.hung or self._connections.silent_s >= SILENT_S:
+            silent = self._connections.hung or self._connections.silent_s >= SILENT_S
+            if silent or self._is_one_slow():
+                self._looked_at = time.monotonic()
                 await self._look()
+
+    def _is_one_slow(self) -> bool:
+        slow = self._connections.longest_use_s >= SILENT_S
+        return slow and time.monotonic() - self._looked_at >= SILENT_S
 
     async def _look(self) -> None:
         try:
@@ -89,6 +109,7 @@ class HungServer:
         """End what was given up, and wait until it is gone. Returns only if the server answers."""
         connection = await self._connect()
         try:
+            dead = await self._dead_lines(connection)
             while True:
                 now = time.monotonic()
                 ago_s = [now - at for at in self._given_up.values()]
@@ -96,6 +117,26 @@ class HungServer:
                     break
                 await asyncio.sleep(0.02)
             self._given_up.clear()
+            for line in dead:
+                self._connections.break_off(line)
         finally:
             with suppress(Exception):
                 connection.terminate()
+
+    async def _dead_lines(self, connection: asyncpg.Connection) -> list[Any]:
+        """Those in use of which neither end hears the other; they are given up."""
+        used = self._connections.in_use(SILENT_S)
+        if not used:
+            return []
+        pids, for_s = zip(*used.values(), strict=True)
+        dead = {row["pid"] for row in await connection.fetch(_DEAD, pids, for_s, SILENT_S)}
+        # An answer may have come while we asked: then it is another's by now, or nobody's.
+        now_used = self._connections.in_use(SILENT_S)
+        lines = [line for line, (pid, _) in now_used.items() if pid in dead and line in used]
+        if lines:
+            log.warning(
+                "connections to the database that hear nothing are given up: %d", len(lines)
+            )
+        for line in lines:
+            self._given_up[now_used[line][0]] = time.monotonic()
+        return lines

@@ -59,14 +59,32 @@ class KeptConnections:
         """The server has shown that it is there."""
         self._answered_at, self._doubted_at = time.monotonic(), None
 
+    @property
+    def longest_use_s(self) -> float:
+        """How long the one that was taken first, of those in use, has been."""
+        return time.monotonic() - min(self._used_since.values()) if self._used_since else 0.0
+
+    def in_use(self, for_s: float) -> dict[Any, tuple[int, float]]:
+        """Those that have been in use for so long: the process that serves each, and how long."""
+        now, found = time.monotonic(), {}
+        for connection, since in self._used_since.items():
+            if now - since >= for_s:
+                with suppress(asyncpg.InterfaceError):
+                    found[connection] = connection.get_server_pid(), now - since
+        return found
+
     def give_up(self, after_s: float) -> list[int]:
         """Break those off that have been in use for so long; the processes that serve them."""
-        before, pids = time.monotonic() - after_s, []
-        for connection in [c for c, since in self._used_since.items() if since <= before]:
+        given_up = self.in_use(after_s)
+        for connection in given_up:
+            self.break_off(connection)
+        return [pid for pid, _ in given_up.values()]
+
+    def break_off(self, connection: Any) -> None:
+        """Whoever waits for it is told that it broke; harmless if it has come back meanwhile."""
+        if connection in self._used_since:
             with suppress(asyncpg.InterfaceError):
-                pids.append(connection.get_server_pid())
                 connection.terminate()
-        return pids
 
     @property
     def idle(self) -> int:

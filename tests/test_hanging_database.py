@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from router import hung_server, kept_connections
-from router.database import ConnectionBroke, Database, DatabaseUnavailable
-from router.embedded_postgres import EmbeddedPostgres
+from router.database import ConnectionBroke, Database, DatabaseUnavailable, with_parameters
+from router.embedded_postgres import PORT, EmbeddedPostgres
 from tests.reading import CHAT, until
 from tests.router_rig import Rig, running_rig
 
@@ -135,6 +135,102 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
         await asyncio.sleep(3)
         assert await words() == 1
         await database.close()
+
+
+class ForgetfulLine:
+    """A way to a server that, once it is told to forget, swallows whatever either end says on the
+    connections that there are; new ones are good. So does what watches over connections, and was
+    started anew, or thought them too old."""
+
+    def __init__(self, postgres: EmbeddedPostgres, folder: Path) -> None:
+        name = f".s.PGSQL.{PORT}"
+        self._real, self._own = Path(postgres.connect_args["host"]) / name, folder / name
+        self.url = with_parameters(postgres.url, host=str(folder))
+        self._forgotten = 0
+        self._joined = 0
+
+    async def start(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._join, str(self._own))
+
+    def forget(self) -> None:
+        self._forgotten = self._joined
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._joined += 1
+        number = self._joined
+        far_reader, far_writer = await asyncio.open_unix_connection(str(self._real))
+        await asyncio.gather(
+            self._carry(number, reader, far_writer), self._carry(number, far_reader, writer)
+        )
+        for end in (writer, far_writer):
+            end.transport.abort()
+            with contextlib.suppress(OSError):
+                await end.wait_closed()
+
+    async def _carry(
+        self, number: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65_536):
+                if number > self._forgotten:
+                    sink.write(data)
+        if number > self._forgotten:
+            sink.write_eof()
+
+
+async def test_who_waits_on_a_line_that_has_forgotten_him_is_told_while_others_are_served(
+    tmp_path: Path, hasty: None
+):
+    """The server is well: one statement never came to it, and the answer to another never back."""
+    async with EmbeddedPostgres(tmp_path / "postgres", throw_away=True) as postgres:
+        line = ForgetfulLine(postgres, tmp_path)
+        server = await line.start()
+        database = await Database.open(line.url, size=6)
+        async with database.connection() as connection:
+            await connection.execute("create table said (word text)")
+        sleeping, told = asyncio.Event(), asyncio.Event()
+
+        async def done_unheard() -> None:
+            async with database.transaction() as connection:
+                await connection.execute("insert into said values ('undone')")
+                sleeping.set()
+                await connection.execute("select pg_sleep(0.3)")
+
+        async def never_heard() -> None:
+            async with database.connection() as connection:
+                await told.wait()
+                await connection.execute("insert into said values ('never said')")
+
+        async def slow() -> None:
+            async with database.connection() as connection:
+                await connection.execute("select pg_sleep($1)", 6 * SILENT_S)
+
+        waiting = [asyncio.create_task(work()) for work in (done_unheard, never_heard)]
+        await sleeping.wait()
+        await asyncio.sleep(0.1)
+        line.forget()
+        told.set()
+        well = asyncio.create_task(slow())
+
+        async def served() -> None:
+            while True:
+                async with database.connection() as connection:
+                    await connection.fetchval("select 1")
+                await asyncio.sleep(0.05)
+
+        serving = asyncio.create_task(served())
+        for task in waiting:
+            with pytest.raises(ConnectionBroke):
+                await asyncio.wait_for(task, SOON_S)
+        assert not serving.done()
+        serving.cancel()
+        async with database.transaction() as connection:
+            assert await connection.fetchval("select count(*) from said") == 0
+            # And nothing of it holds a row, or waits to be done.
+            await connection.execute("lock table said in access exclusive mode nowait")
+        await well
+        await database.close()
+        server.close()
 
 
 async def test_a_purchase_under_way_when_the_database_hangs_is_told_and_happens_once(
