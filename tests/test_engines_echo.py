@@ -76,14 +76,14 @@ async def test_equal_texts_have_equal_vectors_and_others_not():
 
 
 async def test_a_step_takes_its_time_and_serves_every_job():
-    engine = EchoEngine(token_s=0.02)
+    engine = EchoEngine(token_s=0.1)
     began = time.monotonic()
     sinks = [RecordingSink() for _ in range(20)]
     await asyncio.gather(*(engine.generate(completion(), sink) for sink in sinks))
     await engine.aclose()
     took_s = time.monotonic() - began
     # Five steps of twenty tokens, not a hundred tokens one after another.
-    assert 0.1 <= took_s < 1
+    assert 0.5 <= took_s < 5
     assert {sink.text for sink in sinks} == {"a b c a b "}
 
 
@@ -106,7 +106,9 @@ async def test_a_stalled_job_says_nothing_until_it_is_cancelled():
     engine = EchoEngine(fault=EchoFault.STALL)
     sink = RecordingSink()
     running = asyncio.create_task(run(engine, completion(max_tokens=4), sink))
-    await asyncio.wait_for(sink.wrote.wait(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        while sink.tokens < 2:
+            await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
     assert not running.done() and sink.tokens == 2
     sink.cancel()

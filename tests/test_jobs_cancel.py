@@ -120,6 +120,15 @@ async def the_job(router: Rig, *states: str) -> Any:
             await asyncio.sleep(0.02)
 
 
+async def heard(router: Rig, job: dict[str, Any], text: str) -> None:
+    """Wait until the router has this much of the answer."""
+    stream = router.core.jobs.hub.get(job["job_id"])
+    assert stream is not None
+    async with asyncio.timeout(10):
+        while stream.text() != text:
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_prepaid_client_that_goes_takes_its_job_along(router: Rig, stream: bool):
     await set_rates(router, RATES)
@@ -138,7 +147,7 @@ async def test_a_prepaid_client_that_goes_takes_its_job_along(router: Rig, strea
         asked = asyncio.create_task(_ask_and_go(router, payer, stream=stream, when=gone))
         job = await worker.job()
         await worker.say(job, "Some", tokens=1)
-        await asyncio.sleep(0.1)
+        await heard(router, job, "Some")
         gone.set()
         await asked
         row = await the_job(router, "cancelled")
@@ -161,7 +170,7 @@ async def test_a_job_that_can_be_fetched_goes_on_without_its_client(
         asked = asyncio.create_task(_ask_and_go(router, headers, stream=stream, when=gone))
         job = await worker.job()
         await worker.say(job, "All ", seq=0)
-        await asyncio.sleep(0.1)
+        await heard(router, job, "All ")
         gone.set()
         await asked
         await worker.nothing()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
 
 from router import kept_connections
@@ -197,17 +198,20 @@ async def test_after_the_end_nothing_is_kept(database_url: str):
 
 
 async def test_one_that_asks_for_much_makes_nobody_else_wait_or_be_refused(
-    small: Database, monkeypatch: pytest.MonkeyPatch
+    small: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kept_connections, "SILENT_S", 0.2)
 
     async def much() -> None:
         async with small.connection() as connection:
-            await connection.execute("select pg_sleep(1.5)")
+            await connection.execute("select pg_advisory_lock(1)")
 
+    held = await asyncpg.connect(database_url)
+    await held.execute("select pg_advisory_lock(1)")
     asking = asyncio.create_task(much())
     for _ in range(3):
         await asyncio.sleep(0.4)
         assert len(await pids(small, SIZE - 1)) == SIZE - 1
     assert not asking.done()
-    await asking
+    await held.close()
+    await asyncio.wait_for(asking, PATIENCE_S)

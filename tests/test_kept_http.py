@@ -56,9 +56,11 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(turn: Turn, *, most: int = 8) -> AsyncIterator[tuple[Server, KeptHttp]]:
+async def serving(
+    turn: Turn, *, most: int = 8, connect_timeout_s: float = PATIENCE_S
+) -> AsyncIterator[tuple[Server, KeptHttp]]:
     async with Server(turn).running() as server:
-        calls = KeptHttp(server.url, connect_timeout_s=0.3, most=most)
+        calls = KeptHttp(server.url, connect_timeout_s=connect_timeout_s, most=most)
         try:
             yield server, calls
         finally:
@@ -77,7 +79,7 @@ def saying(*parts: bytes, close: bool = False) -> Turn:
     return turn
 
 
-async def ask(calls: KeptHttp, *, read_timeout_s: float = 2.0) -> tuple[int, bytes]:
+async def ask(calls: KeptHttp, *, read_timeout_s: float = PATIENCE_S) -> tuple[int, bytes]:
     return await calls.request("POST", "/pay", body=b"{}", read_timeout_s=read_timeout_s)
 
 
@@ -227,7 +229,9 @@ async def test_a_connection_that_was_closed_while_idle_is_not_used() -> None:
     async with serving(saying(PLAIN, close=True)) as (server, calls):
         for _ in range(3):
             assert await ask(calls) == (200, b"hi")
-            await asyncio.sleep(0.02)
+            async with asyncio.timeout(PATIENCE_S):
+                while any(kept.usable for kept in calls._idle):
+                    await asyncio.sleep(0.005)
         assert server.connections == 3 and len(server.heads) == 3
 
 
@@ -276,7 +280,7 @@ async def test_of_the_addresses_of_a_name_one_may_be_dead(monkeypatch: pytest.Mo
 
     async with Server(saying(PLAIN)).running() as server:
         url = server.url.replace("127.0.0.1", "node.example")
-        calls = KeptHttp(url, connect_timeout_s=0.9, most=1)
+        calls = KeptHttp(url, connect_timeout_s=6.0, most=1)
         monkeypatch.setattr(loop, "getaddrinfo", resolve)
         monkeypatch.setattr(loop, "create_connection", reach)
         assert await ask(calls) == (200, b"hi")
@@ -288,16 +292,19 @@ async def test_an_answer_of_which_something_comes_now_and_then_is_waited_for() -
     async def turn(writer: asyncio.StreamWriter, number: int) -> None:
         writer.write(OK + b"Content-Length: 6\r\n\r\n")
         for _ in range(6):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
             writer.write(b"x")
 
     async with serving(turn) as (_, calls):
-        assert await ask(calls, read_timeout_s=0.3) == (200, b"x" * 6)
+        assert await ask(calls, read_timeout_s=2.0) == (200, b"x" * 6)
 
 
 async def test_the_answer_of_a_caller_who_has_gone_is_nobody_else_s() -> None:
+    has_gone = asyncio.Event()
+
     async def turn(writer: asyncio.StreamWriter, number: int) -> None:
-        await asyncio.sleep(0.1 if number == 1 else 0)
+        if number == 1:
+            await has_gone.wait()
         writer.write(OK + b"Content-Length: 1\r\n\r\n%d" % number)
 
     async with serving(turn) as (server, calls):
@@ -306,13 +313,14 @@ async def test_the_answer_of_a_caller_who_has_gone_is_nobody_else_s() -> None:
             await asyncio.sleep(0.01)
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
+        has_gone.set()
         assert await ask(calls) == (200, b"2")
         assert server.connections == 2
 
 
 async def test_without_room_nothing_is_sent() -> None:
-    async with serving(saying(), most=1) as (server, calls):
-        first = asyncio.create_task(ask(calls, read_timeout_s=1.0))
+    async with serving(saying(), most=1, connect_timeout_s=0.3) as (server, calls):
+        first = asyncio.create_task(ask(calls, read_timeout_s=3.0))
         while not server.heads:
             await asyncio.sleep(0.01)
         with pytest.raises(NotSent):

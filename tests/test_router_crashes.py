@@ -25,7 +25,7 @@ from websockets.asyncio.client import connect
 from billing.trial_balance import trial_balance
 from router import following
 from router.attempts import Attempts
-from router.database import ConnectionBroke
+from router.database import ConnectionBroke, patiently
 from router.embedded_postgres import EmbeddedPostgres
 from tests import crash_story
 from tests.conftest import url_of
@@ -468,7 +468,11 @@ async def test_done_is_never_seen_before_it_is_true(homeless):
         seen: list[str] = []
 
         async def look() -> None:
-            seen.extend(row["state"] for row in await rig.query("select state from jobs"))
+            # A connection may end, with the server that was killed, in the moment in which we ask.
+            rows = await patiently(
+                lambda: rig.query("select state from jobs"), patience_s=PATIENCE_S
+            )
+            seen.extend(row["state"] for row in rows)
 
         reader.at_done = look
         job = await worker.job()
@@ -478,7 +482,7 @@ async def test_done_is_never_seen_before_it_is_true(homeless):
         await worker.finish(job, tokens=1)
         await asyncio.wait_for(reader.task, PATIENCE_S)
     assert reader.done and seen == ["succeeded"]
-    assert (await rig.books()).in_order
+    assert (await patiently(rig.books, patience_s=PATIENCE_S)).in_order
 
 
 async def test_a_reader_who_waits_long_for_the_commit_is_told_where_the_answer_will_be(
