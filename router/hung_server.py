@@ -28,12 +28,13 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 PROBE_S = 5.0
-# Whoever has used a connection for so long does not leave it idle meanwhile: what one end says does not
-# reach the other, as when something on the way has forgotten the connection.
+# Whoever has used a connection for so long waits for the server. If that waits for him, between two
+# statements or in the middle of one, what one end says does not reach the other, as when something on
+# the way has forgotten the connection.
 _DEAD = """
 select used.pid from unnest($1::int[], $2::float8[]) used(pid, for_s)
 join pg_stat_activity a using (pid)
-where a.usename = current_user and starts_with(a.state, 'idle')
+where a.usename = current_user and a.wait_event = 'ClientRead'
     and a.state_change < clock_timestamp() - make_interval(secs => $3)
     and a.backend_start < clock_timestamp() - make_interval(secs => used.for_s - 1)"""
 
