@@ -21,7 +21,7 @@ from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig
 
 # Until it counts as away, and the database has been looked into; with room for a slow machine.
-SOON_S = SILENT_S + 2.5
+SOON_S = SILENT_S + 8.0
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ async def nobody_is_held_up(router: Rig, key: dict[str, str]) -> None:
     ):
         began = time.monotonic()
         assert (await asked).status_code in (200, 202)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < SOON_S
 
 
 async def test_one_that_is_slow_to_answer_is_not_away(nats: NatsServer):

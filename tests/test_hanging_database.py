@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import psutil
 import pytest
 
@@ -110,11 +111,13 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
         database = await Database.open(postgres.url, size=4)
         async with database.connection() as connection:
             await connection.execute("create table said (word text)")
+        holder = await asyncpg.connect(postgres.url)
+        await holder.execute("select pg_advisory_lock(1)")
 
         async def write() -> None:
             async with database.connection() as connection:
                 await connection.execute(
-                    "with waited as materialized (select pg_sleep(2))"
+                    "with waited as materialized (select pg_advisory_lock(1))"
                     " insert into said select 'late' from waited"
                 )
 
@@ -123,16 +126,21 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
                 async with database.connection() as connection:
                     return await connection.fetchval("select 1 + count(*) from said")
 
+        async def both_wait() -> bool:
+            return await holder.fetchval("select count(*) = 2 from pg_locks where not granted")
+
         writing = [asyncio.create_task(write()) for _ in range(2)]
-        await asyncio.sleep(0.3)
+        await until(both_wait)
         async with hanging(postgres):
             for task in writing:
                 with pytest.raises(ConnectionBroke):
                     await asyncio.wait_for(task, SOON_S)
             with pytest.raises(DatabaseUnavailable):
-                await asyncio.wait_for(write(), 5)
+                await asyncio.wait_for(write(), SOON_S)
         assert await until(words) == 1
-        await asyncio.sleep(3)
+        # Now they could write, if they were still there.
+        await holder.close()
+        await asyncio.sleep(1)
         assert await words() == 1
         await database.close()
 
@@ -296,10 +304,16 @@ async def test_the_server_ends_sessions_of_a_router_that_has_gone_without_a_word
     async with database.connection() as connection:
         kept = await connection.fetchval("show idle_in_transaction_session_timeout")
         assert kept == "30s"
+
+    async def is_gone(pid: int) -> bool:
+        async with database.connection() as other:
+            return not await other.fetch("select from pg_stat_activity where pid = $1", pid)
+
     with pytest.raises(ConnectionBroke):
         async with database.transaction() as connection:
+            pid = await connection.fetchval("select pg_backend_pid()")
             await connection.execute("set local idle_in_transaction_session_timeout = '50ms'")
-            await asyncio.sleep(0.5)
+            await until(lambda: is_gone(pid))
             await connection.execute("select 1")
     async with database.connection() as connection:
         assert await connection.fetchval("select 1") == 1
