@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from base64 import b64encode
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from starlette.requests import Request
@@ -12,9 +15,10 @@ from starlette.routing import Route
 
 from tests.worker_stand_ins import http_server
 from worker.engines import remote
-from worker.engines.remote import Server, json_object, sse_data
-from worker.errors import JobError
+from worker.engines.remote import Server, json_object, open_server, sse_data
+from worker.errors import EngineStartError, JobError
 from worker.protocol import FailureCode
+from worker.settings import WorkerSettings
 
 STREAM = (
     b": a comment\r\n\r\n"
@@ -60,6 +64,7 @@ class Counting:
     def __init__(self) -> None:
         self.connections: set[tuple[str, int]] = set()
         self.proxied: list[str] = []
+        self.logins: list[str | None] = []
 
     def routes(self) -> list[Route]:
         return [
@@ -82,6 +87,7 @@ class Counting:
     def _note(self, request: Request) -> None:
         assert request.client is not None
         self.connections.add(request.client)
+        self.logins.append(request.headers.get("authorization"))
         # A proxy is asked for the whole URL.
         if request.headers["host"].startswith("model.invalid"):
             self.proxied.append(request.headers["host"])
@@ -125,6 +131,66 @@ async def test_a_proxy_of_the_environment_is_asked_but_for_this_machine(
         assert not await direct.answers("/models")
         for server in (far, near, direct):
             await server.aclose()
+
+
+async def test_a_proxy_may_be_named_without_its_scheme(monkeypatch: pytest.MonkeyPatch):
+    counting = Counting()
+    async with http_server(*counting.routes()) as url:
+        monkeypatch.setenv("http_proxy", url.removeprefix("http://"))
+        monkeypatch.setenv("no_proxy", "")
+        server = Server("http://model.invalid:9", timeout_s=10)
+        assert await server.answers("/models")
+        assert counting.proxied == ["model.invalid:9"]
+        await server.aclose()
+
+
+async def test_a_password_in_the_url_is_used_and_never_shown():
+    counting = Counting()
+    async with http_server(*counting.routes()) as url:
+        with_password = url.replace("http://", "http://me:s%40fe@") + "/v1"
+        for key in (None, "key"):
+            server = Server(with_password, api_key=key, timeout_s=10)
+            assert server.url == f"{url}/v1"
+            assert await server.post("/x", {}) == {"path": "/v1/x"}
+            await server.aclose()
+    login = b64encode(b"me:s@fe").decode()
+    assert counting.logins == [f"Basic {login}", "Bearer key"]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a..b/v1", f"http://{'x' * 70}.example"])
+def test_a_url_that_is_none_is_said_at_the_start(url: str):
+    with pytest.raises(EngineStartError, match="SATHERD_ENGINE_URL"):
+        open_server(WorkerSettings(engine_url=url), "")
+
+
+@asynccontextmanager
+async def mute() -> AsyncIterator[str]:
+    """A server that takes connections and never reads from them."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+async def test_a_server_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "CONNECT_TIMEOUT_S", 0.2)
+    async with mute() as url, asyncio.timeout(10):
+        server = Server(url, timeout_s=0.2)
+        with pytest.raises(JobError, match="lost the server"):
+            await server.post("/x", {"picture": "x" * 20_000_000})
+        await server.aclose()
+
+
+async def test_a_proxy_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "CONNECT_TIMEOUT_S", 0.2)
+    async with mute() as url, asyncio.timeout(10):
+        monkeypatch.setenv("https_proxy", url)
+        monkeypatch.setenv("no_proxy", "")
+        server = Server("https://model.invalid", timeout_s=30)
+        with pytest.raises(JobError, match="lost the server"):
+            await server.post("/x", {})
+        await server.aclose()
 
 
 async def test_a_server_that_says_nothing_is_given_up():

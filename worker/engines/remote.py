@@ -6,7 +6,9 @@ the one 20 µs, and the other many times as much (docs/performance.md).
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import certifi
 from pydantic_core import from_json, to_json
+from yarl import URL
 
 from worker.errors import EngineAbsent, EngineStartError, JobError
 from worker.protocol import FailureCode
@@ -51,9 +54,15 @@ class Server:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float) -> None:
-        self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
-        self._timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=timeout_s)
+        # Without a password, since it stands in messages.
+        self.url, authorization = _without_user(url.rstrip("/"))
+        if api_key is not None:
+            authorization = f"Bearer {api_key}"
+        self._headers = {"Authorization": authorization} if authorization is not None else {}
+        # `connect` and not `sock_connect`, which does not end the waiting for a proxy.
+        self._timeout = aiohttp.ClientTimeout(connect=CONNECT_TIMEOUT_S, sock_read=timeout_s)
+        # Until the answer begins: aiohttp's own limit does not hold while a request is not yet read.
+        self._begin_s = CONNECT_TIMEOUT_S + 2 * timeout_s
         self._opened: aiohttp.ClientSession | None = None
 
     async def discover(self, path: str) -> Any:
@@ -135,10 +144,12 @@ class Server:
         self, method: str, path: str, *, timeout_s: float | None = None, **request: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         timeout = aiohttp.ClientTimeout(total=timeout_s) if timeout_s else self._timeout
-        async with self._session().request(
-            method, self.url + path, timeout=timeout, allow_redirects=False, **request
-        ) as answer:
-            yield answer
+        async with asyncio.timeout(self._begin_s) as beginning:
+            async with self._session().request(
+                method, self.url + path, timeout=timeout, allow_redirects=False, **request
+            ) as answer:
+                beginning.reschedule(None)
+                yield answer
 
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None:
@@ -163,12 +174,25 @@ def open_server(settings: WorkerSettings, default_url: str) -> Server:
     url = settings.engine_url or default_url
     if not url.startswith(("http://", "https://")):
         raise EngineStartError("SATHERD_ENGINE_URL must begin with http:// or https://")
+    try:
+        (URL(url).host or "").encode("idna")
+    except ValueError as error:
+        raise EngineStartError("SATHERD_ENGINE_URL is no URL") from error
     key = settings.engine_api_key
     return Server(
         url,
         api_key=key.get_secret_value() if key is not None else None,
         timeout_s=settings.engine_timeout_s,
     )
+
+
+def _without_user(url: str) -> tuple[str, str | None]:
+    """A URL without user and password, and the header that says them."""
+    whole = URL(url)
+    if whole.user is None and whole.password is None:
+        return url, None
+    login = f"{whole.user or ''}:{whole.password or ''}".encode()
+    return str(whole.with_user(None)), f"Basic {b64encode(login).decode()}"
 
 
 def _proxy_for(url: str) -> str | None:
@@ -178,7 +202,9 @@ def _proxy_for(url: str) -> str | None:
     if host in LOOPBACK or proxy_bypass(host):
         return None
     proxies = getproxies()
-    return proxies.get(address.scheme) or proxies.get("all")
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    # `proxy:3128` is what people write as well.
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def _tls() -> ssl.SSLContext:
