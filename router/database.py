@@ -164,7 +164,9 @@ class Database:
         )
 
         def connect() -> Awaitable[asyncpg.Connection]:
-            return asyncpg.connect(url, server_settings={"application_name": "satherd look"})
+            # As the user that the sessions are of, whatever role he takes on.
+            about = {"application_name": "satherd look", "role": "none"}
+            return asyncpg.connect(url, server_settings=about)
 
         return cls(pool, connect)
 

@@ -34,7 +34,7 @@ PROBE_S = 5.0
 _DEAD = """
 select used.pid from unnest($1::int[], $2::float8[]) used(pid, for_s)
 join pg_stat_activity a using (pid)
-where a.usename = current_user and a.wait_event = 'ClientRead'
+where a.usename = session_user and a.wait_event = 'ClientRead'
     and a.state_change < clock_timestamp() - make_interval(secs => $3)
     and a.backend_start < clock_timestamp() - make_interval(secs => used.for_s - 1)"""
 
@@ -43,7 +43,7 @@ _END = """
 select a.pid, pg_terminate_backend(a.pid)
 from unnest($1::int[], $2::float8[]) given_up(pid, ago_s)
 join pg_stat_activity a using (pid)
-where a.usename = current_user and a.backend_start < clock_timestamp() - make_interval(secs => ago_s)"""
+where a.usename = session_user and a.backend_start < clock_timestamp() - make_interval(secs => ago_s)"""
 
 
 class HungServer:
@@ -86,14 +86,32 @@ class HungServer:
         except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
             # TimeoutError is an OSError. Whoever waits for a server that is not there has been told.
             self._give_up()
+        except asyncpg.InsufficientPrivilegeError as error:
+            await self._go_on(error)
         except Exception as error:
             # It answers, if only by a refusal.
             log.debug("the database was not looked at: %s", type(error).__name__)
         else:
-            if self._connections.hung:
-                log.warning("the database answers again")
-            self._connections.hung = False
-            self._connections.answered()
+            self._is_well()
+
+    def _is_well(self) -> None:
+        if self._connections.hung:
+            log.warning("the database answers again")
+        self._connections.hung = False
+        self._connections.answered()
+
+    async def _go_on(self, error: Exception) -> None:
+        """It answers, and lets nobody see or end sessions. They come to their ends by themselves, if
+        not so surely before somebody looks, and we must not stay away for ever."""
+        if self._given_up:
+            log.error(
+                "statements that were given up may be done in a moment: the database's user may not end"
+                " its own sessions (%s)",
+                error,
+            )
+            await asyncio.sleep(SILENT_S)
+            self._given_up.clear()
+        self._is_well()
 
     def _give_up(self) -> None:
         silent_s = self._connections.silent_s

@@ -103,15 +103,22 @@ async def test_a_slow_statement_is_waited_for(database: Database, hasty: None):
         await connection.execute("select pg_sleep($1)", 6 * SILENT_S)
 
 
+@pytest.mark.parametrize("owner", [False, True])
 async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_not_done_later(
-    tmp_path: Path, hasty: None
+    tmp_path: Path, hasty: None, owner: bool
 ):
-    """Whoever looks, once it answers again, sees what there is and will be."""
+    """Whoever looks, once it answers again, sees what there is and will be. `owner`: of the tables is
+    a role that the user takes on, as where users are made for a day."""
     async with EmbeddedPostgres(tmp_path, throw_away=True) as postgres:
+        holder = await asyncpg.connect(postgres.url)
+        if owner:
+            await holder.execute(
+                "create role owner; grant all on schema public to owner;"
+                "alter role satherd set role owner"
+            )
         database = await Database.open(postgres.url, size=4)
         async with database.connection() as connection:
             await connection.execute("create table said (word text)")
-        holder = await asyncpg.connect(postgres.url)
         await holder.execute("select pg_advisory_lock(1)")
 
         async def write() -> None:
@@ -120,11 +127,6 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
                     "with waited as materialized (select pg_advisory_lock(1))"
                     " insert into said select 'late' from waited"
                 )
-
-        async def words() -> int | None:
-            with contextlib.suppress(DatabaseUnavailable):
-                async with database.connection() as connection:
-                    return await connection.fetchval("select 1 + count(*) from said")
 
         async def both_wait() -> bool:
             return await holder.fetchval("select count(*) = 2 from pg_locks where not granted")
@@ -137,11 +139,46 @@ async def test_who_waits_for_a_server_that_hangs_is_told_and_what_was_sent_is_no
                     await asyncio.wait_for(task, SOON_S)
             with pytest.raises(DatabaseUnavailable):
                 await asyncio.wait_for(write(), SOON_S)
-        assert await until(words) == 1
+        assert await until(lambda: words(database)) == 1
         # Now they could write, if they were still there.
         await holder.close()
         await asyncio.sleep(1)
-        assert await words() == 1
+        assert await words(database) == 1
+        await database.close()
+
+
+async def words(database: Database) -> int | None:
+    """One more than there are; None while that cannot be told."""
+    with contextlib.suppress(DatabaseUnavailable):
+        async with database.connection() as connection:
+            return await connection.fetchval("select 1 + count(*) from said")
+
+
+async def test_a_database_that_hides_its_sessions_is_used_again_after_it_has_hung(
+    tmp_path: Path, hasty: None, caplog: pytest.LogCaptureFixture
+):
+    async with EmbeddedPostgres(tmp_path, throw_away=True) as postgres:
+        admin = await asyncpg.connect(postgres.url)
+        await admin.execute(
+            "create role lowly; create table said (word text); grant select on said to lowly;"
+            "revoke all on pg_stat_activity from public"
+        )
+        lowly = with_parameters(postgres.url, role="lowly")
+        pool = await asyncpg.create_pool(lowly, min_size=1, max_size=2)
+        database = Database(pool, lambda: asyncpg.connect(lowly))
+
+        async def wait() -> None:
+            async with database.connection() as connection:
+                await connection.execute("select pg_sleep(60)")
+
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0.2)
+        async with hanging(postgres):
+            with pytest.raises(ConnectionBroke):
+                await asyncio.wait_for(waiting, SOON_S)
+        assert await until(lambda: words(database), timeout_s=SOON_S) == 1
+        assert "may not end its own sessions" in caplog.text
+        await admin.close()
         await database.close()
 
 
