@@ -105,8 +105,10 @@ class Endpoints:
         """One request, its answer unread; `path` follows the base. Raises Unreachable and
         aiohttp.ClientError. How long the answer may take is the caller's business."""
         address = await self._address(url)
+        # What is said to be encoded is taken as it is.
+        host = f"[{address}]" if ":" in address else address
         at = URL.build(
-            scheme=url.scheme, host=address, port=url.port, path=url.target + path, encoded=True
+            scheme=url.scheme, host=host, port=url.port, path=url.target + path, encoded=True
         )
         secure = url.scheme == "https"
         asking = self._session(url).request(

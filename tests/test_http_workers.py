@@ -328,6 +328,24 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+async def test_a_server_of_the_newer_internet_is_called(tmp_path: Path):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    asked: list[bytes] = []
+    async with await asyncio.start_server(answer, "::1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        calling = endpoints(tmp_path)
+        url = calling.read(f"http://[::1]:{port}")
+        async with calling.call(url, "GET", "/models") as response:
+            assert response.status == 200
+        await calling.aclose()
+    assert asked[0].startswith(b"GET /v1/models ") and b"Host: [::1]:%d\r\n" % port in asked[0]
+
+
 # --- which URLs ---------------------------------------------------------------------------------
 
 
