@@ -12,7 +12,7 @@ from sqlmodel import SQLModel
 
 import billing.tables  # noqa: F401
 import router.tables  # noqa: F401
-from router.database import sqlalchemy_url
+from router.database import CONNECT_S, sqlalchemy_url
 
 target_metadata = SQLModel.metadata
 
@@ -34,7 +34,9 @@ def _migrate(connection: Connection) -> None:
 
 
 async def _migrate_online() -> None:
-    engine = create_async_engine(_url(), poolclass=pool.NullPool)
+    engine = create_async_engine(
+        _url(), poolclass=pool.NullPool, connect_args={"timeout": CONNECT_S}
+    )
     async with engine.connect() as connection:
         await connection.run_sync(_migrate)
         await connection.commit()

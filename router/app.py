@@ -223,7 +223,8 @@ async def _open_database(url: str, patience_s: float) -> Database:
     try:
         return await patiently(opened, patience_s=patience_s)
     except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
-        raise CannotStart(f"no use of the database: {str(error).splitlines()[0]}") from error
+        words = str(error) or "it does not answer"
+        raise CannotStart(f"no use of the database: {words.splitlines()[0]}") from error
 
 
 async def _node(backend: LightningBackend, settings: Settings) -> NodeInfo:

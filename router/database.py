@@ -37,6 +37,8 @@ UnstorableText = asyncpg.CharacterNotInRepertoireError
 
 TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 TRIES = 5
+# A server that hangs takes a connection at once, and says nothing.
+CONNECT_S = 10.0
 
 
 class DatabaseUnavailable(Exception):
@@ -155,6 +157,7 @@ class Database:
             url,
             min_size=2,
             max_size=size,
+            timeout=CONNECT_S,
             command_timeout=60,
             max_inactive_connection_lifetime=300,
             max_queries=MAX_QUERIES,

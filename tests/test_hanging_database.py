@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from router import hung_server, kept_connections
+from router.app import CannotStart, _open_database
 from router.database import ConnectionBroke, Database, DatabaseUnavailable, with_parameters
 from router.embedded_postgres import PORT, EmbeddedPostgres
 from tests.reading import CHAT, until
@@ -96,6 +98,16 @@ async def test_a_database_that_hangs_is_said_to_be_away_and_keeps_nobody_waiting
         made = await router.http.post("/jobs", json=CHAT | {"kind": "chat"}, headers=key)
         assert made.status_code == 202
         await served
+
+
+async def test_a_router_whose_database_hangs_at_the_start_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("router.database.CONNECT_S", 0.2)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        url = f"postgresql://satherd@127.0.0.1:{listening.getsockname()[1]}/satherd"
+        with pytest.raises(CannotStart, match="does not answer"):
+            await asyncio.wait_for(_open_database(url, 0.1), SOON_S)
 
 
 async def test_a_slow_statement_is_waited_for(database: Database, hasty: None):
