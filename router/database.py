@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
@@ -140,6 +141,19 @@ async def _outlived_by_nobody(connection: Any) -> None:
     )
 
 
+async def _connect_to_look(url: str) -> asyncpg.Connection:
+    """A connection as the user that the sessions are of, whatever role he takes on."""
+    about = {"application_name": "satherd look"}
+    connection = await asyncpg.connect(url, server_settings=about)
+    try:
+        # No parameter of the start: a pooler in between refuses those that it does not know.
+        await connection.execute("set role none")
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
 class Database:
     """A pool of connections."""
 
@@ -166,12 +180,7 @@ class Database:
             server_settings={"application_name": "satherd"},
         )
 
-        def connect() -> Awaitable[asyncpg.Connection]:
-            # As the user that the sessions are of, whatever role he takes on.
-            about = {"application_name": "satherd look", "role": "none"}
-            return asyncpg.connect(url, server_settings=about)
-
-        return cls(pool, connect)
+        return cls(pool, partial(_connect_to_look, url))
 
     @property
     def idle(self) -> int:
