@@ -56,3 +56,8 @@ async def worker_at(rig: Rig, *, known_at: Rig, **options: Any) -> AsyncIterator
 async def joined(rigs: list[Rig]) -> bool:
     """Whether the lines of all of them are up."""
     return all(rig.core.relay.bus.up for rig in rigs)
+
+
+async def parted(rigs: list[Rig]) -> bool:
+    """Whether the lines of all of them are down."""
+    return not any(rig.core.relay.bus.up for rig in rigs)
