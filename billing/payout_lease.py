@@ -1,7 +1,7 @@
 """Which process pays: a lease in the database, with a fencing token.
 
-The token grows by one with each new holder. Whoever pays checks it in the transaction that
-writes, so that a process that was stopped for a while, and lost the lease, writes nothing more.
+The token grows with each new holder, and when one lets go. Whoever pays checks it in the transaction
+that writes, so that a process that was stopped for a while, and lost the lease, writes nothing more.
 
 Token and end only ever grow, so they also tell when the database has gone back in time under a process
 that runs on: a backup was restored, and payouts that were made since are forgotten.
@@ -29,6 +29,11 @@ returning value::bigint"""
 _RENEW = """
 update billing_state set expires_at = $3 where key = $1 and value = $2::bigint::text
 returning value::bigint"""
+
+# Given back before its end, it ends sooner than it would have; the token grows, so that the lease does.
+_RELEASE = """
+update billing_state set value = (value::bigint + 1)::text, expires_at = $3
+where key = $1 and value = $2::bigint::text"""
 
 _READ = "select value::bigint as token, expires_at from billing_state where key = $1"
 
@@ -97,7 +102,7 @@ class PayoutLease:
         if self.token is None:
             return
         async with self._transaction() as connection:
-            await connection.fetchval(_RENEW, _KEY, self.token, self._clock())
+            await connection.execute(_RELEASE, _KEY, self.token, self._clock())
         self.token = self._seen = None
 
 

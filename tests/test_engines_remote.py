@@ -16,7 +16,7 @@ from starlette.routing import Route
 from tests.worker_stand_ins import http_server
 from worker.engines import remote
 from worker.engines.remote import Server, json_object, open_server, sse_data
-from worker.errors import EngineStartError, JobError
+from worker.errors import EngineAbsent, EngineStartError, JobError
 from worker.protocol import FailureCode
 from worker.settings import WorkerSettings
 
@@ -43,12 +43,38 @@ async def test_events_are_the_same_however_the_stream_is_cut(size: int):
     assert [data async for data in sse_data(_pieces(*pieces))] == DATA
 
 
-async def test_a_line_without_an_end_fails_the_job(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("end", "said"), [(b"", "a line"), (b"\n", "an event")])
+async def test_a_line_or_event_without_an_end_fails_the_job(
+    monkeypatch: pytest.MonkeyPatch, end: bytes, said: str
+):
     monkeypatch.setattr(remote, "LONGEST_LINE_BYTES", 100)
-    with pytest.raises(JobError) as caught:
-        async for _ in sse_data(_pieces(*[b"data: " + b"x" * 60] * 2)):
+    with pytest.raises(JobError, match=f"sent {said} without an end") as caught:
+        async for _ in sse_data(_pieces(*[b"data: " + b"x" * 60 + end] * 2)):
             pass
     assert caught.value.code is FailureCode.ENGINE_ERROR
+
+
+async def test_events_are_bounded_and_not_the_stream(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "LONGEST_LINE_BYTES", 100)
+    pieces = _pieces(*[b"data: " + b"x" * 60 + b"\n\n"] * 5)
+    assert [data async for data in sse_data(pieces)] == [b"x" * 60] * 5
+
+
+async def test_a_whole_answer_without_an_end_fails_the_job(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "LONGEST_ANSWER_BYTES", 1000)
+
+    async def say(request: Request) -> Response:
+        return StreamingResponse(iter([b"x" * 500] * 3))
+
+    async with http_server(Route("/x", say, methods=["GET", "POST"])) as url:
+        server = Server(url, timeout_s=10)
+        with pytest.raises(JobError) as caught:
+            await server.post("/x", {})
+        assert caught.value.code is FailureCode.ENGINE_ERROR
+        with pytest.raises(EngineAbsent):
+            await server.discover("/x")
+        assert not await server.answers("/x")
+        await server.aclose()
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b'"x"'])

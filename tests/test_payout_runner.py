@@ -23,6 +23,7 @@ from billing.lightning_address import LightningAddresses
 from billing.outside_http import OutsideHttp
 from billing.outside_url import OutsideRules
 from billing.payout_control import Blocked
+from billing.payout_lease import PayoutLease
 from billing.payout_states import Alert, AttemptState, PayoutState
 from billing.payouts import PayoutRunner
 from router.database import Database
@@ -226,6 +227,20 @@ async def test_the_loop_pays_by_itself_and_hands_the_lease_on_when_it_stops(worl
     await world.worker("w2")
     await two.runner.run_once()
     assert (await world.payout_of("w2")).state is PayoutState.PAID, "no lease to wait for"
+
+
+async def test_a_lease_that_is_let_go_does_not_look_like_a_restored_backup(world: World):
+    """The end that the others have seen comes sooner, and not because the database is an older one."""
+    doubts: list[str] = []
+    one = PayoutLease(world.database.transaction, world.tick)
+    two = PayoutLease(
+        world.database.transaction, world.tick, on_older=lambda: doubts.append("older")
+    )
+    assert await one.hold(30) and not await two.hold(30)
+    await one.release()
+    assert await two.hold(30) and doubts == []
+    await one.release()  # It was let go before, and is another's.
+    assert await two.hold(30) and not await one.hold(30)
 
 
 async def test_waking_the_loop_makes_it_look_at_once(world: World):

@@ -30,6 +30,7 @@ CONNECT_TIMEOUT_S = 10
 KEEP_ALIVE_S = 4
 ERROR_BODY_BYTES = 4096
 LONGEST_LINE_BYTES = 16 * 2**20
+LONGEST_ANSWER_BYTES = 64 * 2**20
 BUSY_STATUSES = {429, 503}
 BAD_REQUEST_STATUSES = {400, 413, 422}
 TOO_LONG_WORDS = (
@@ -69,7 +70,7 @@ class Server:
         """JSON from a server that must be there for the worker to start. Raises EngineStartError."""
         try:
             async with self._ask("GET", path, timeout_s=CONNECT_TIMEOUT_S) as answer:
-                status, body = answer.status, await answer.read()
+                status, body = answer.status, await _body(answer)
         except _LOST as error:
             raise EngineAbsent(
                 f"no server answers at {self.url} ({type(error).__name__}); "
@@ -91,7 +92,7 @@ class Server:
         """Whether the server is there and well enough to answer a question about itself."""
         try:
             async with self._ask("GET", path, timeout_s=CONNECT_TIMEOUT_S) as answer:
-                await answer.read()
+                await _body(answer)
                 return answer.status == 200
         except _LOST:
             return False
@@ -118,7 +119,7 @@ class Server:
         try:
             async with self._ask("POST", path, **request) as answer:
                 await _check(answer)
-                return json_object(await answer.read())
+                return json_object(await _body(answer))
         except _LOST as error:
             raise _lost(error) from error
 
@@ -232,6 +233,16 @@ async def _check(answer: aiohttp.ClientResponse) -> None:
     raise JobError(FailureCode.ENGINE_ERROR, f"the server answered with status {status}")
 
 
+async def _body(answer: aiohttp.ClientResponse) -> bytes:
+    """All of it. Raises ClientPayloadError for one that does not end."""
+    body = bytearray()
+    async for part in answer.content.iter_any():
+        body += part
+        if len(body) > LONGEST_ANSWER_BYTES:
+            raise aiohttp.ClientPayloadError("an answer without an end")
+    return bytes(body)
+
+
 async def _error_text(answer: aiohttp.ClientResponse) -> str:
     body = b""
     async for part in answer.content.iter_any():
@@ -249,15 +260,19 @@ def _lost(error: Exception) -> JobError:
 async def sse_data(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The `data` of each server-sent event (WHATWG HTML, section 9.2.6). Raises JobError."""
     data: list[bytes] = []
+    size = 0
     async for line in _lines(pieces):
         if not line:
             if data:
                 yield b"\n".join(data)
-                data = []
+                data, size = [], 0
             continue
         name, _, value = line.partition(b":")
         if name == b"data":
             data.append(value.removeprefix(b" "))
+            size += len(line)
+            if size > LONGEST_LINE_BYTES:
+                raise JobError(FailureCode.ENGINE_ERROR, "the server sent an event without an end")
     # A server that ends without the last empty line has still said it.
     if data:
         yield b"\n".join(data)
