@@ -61,11 +61,12 @@ from router.api.shortcut import Shortcut
 from router.api.unknown_paths import in_dialect, no_such_door
 from router.bus import Exchange
 from router.core import Core
-from router.data_folder import Taken, alone_in
+from router.data_folder import Taken, alone_in, place_of
 from router.database import Database, DatabaseUnavailable, migrate, patiently
 from router.embedded_postgres import EmbeddedPostgres
 from router.joining import join
 from router.settings import Settings, backend_settings
+from router.sole_router import IdTaken, wait_until_alone
 from router.starting import reached_node
 
 log = logging.getLogger(__name__)
@@ -248,6 +249,7 @@ async def _check_books(database: Database, node: NodeInfo, clock: Callable) -> N
 
 
 async def _start(core: Core, stack: AsyncExitStack) -> None:
+    await _be_the_only_one(core)
     await patiently(partial(_load, core), patience_s=OWN_PATIENCE_S)
     # Before the first request, which others' workers may serve.
     await patiently(core.presence.turn, patience_s=OWN_PATIENCE_S)
@@ -286,6 +288,18 @@ async def _stop(stop: Callable[[], Awaitable[None]]) -> None:
         await stop()
     except DatabaseUnavailable as error:
         log.warning("stopped without the database: %s", error)
+
+
+async def _be_the_only_one(core: Core) -> None:
+    folder = core.settings.data_dir
+    alone = partial(wait_until_alone, core.database, core.router_id, place_of(folder))
+    try:
+        await patiently(alone, patience_s=OWN_PATIENCE_S)
+    except IdTaken:
+        raise CannotStart(
+            f"another router runs with the id of this one, {core.router_id}: if {folder} is a copy of"
+            f" its data folder, remove {folder / 'router_id'}, and this one gets an id of its own"
+        ) from None
 
 
 async def _load(core: Core) -> None:

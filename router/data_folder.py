@@ -1,10 +1,15 @@
-"""A data folder is one process's: two in it would take each other for themselves."""
+"""A data folder is one process's: two in it would take each other for themselves.
+
+A lock keeps a second process out. One in a copy of the folder, elsewhere, is told by where it lies.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +42,17 @@ def alone_in(folder: Path, lock: str) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def place_of(folder: Path) -> str:
+    """Names where a folder lies: another for each copy, and for each machine and start of it.
+
+    The same place, and the lock: whoever had it before is no more.
+    """
+    about = folder.stat()
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        machine = platform.node()
+    named = f"{machine}:{about.st_dev}:{about.st_ino}"
+    return hashlib.sha256(named.encode()).hexdigest()[:32]

@@ -34,6 +34,7 @@ from router.attempts import Attempts
 from router.bus import Bus, Exchange, InProcessBus
 from router.checks import Checks
 from router.core import Core
+from router.data_folder import place_of
 from router.database import BatchingWriter, Database
 from router.dispatcher import Dispatcher
 from router.door_ids import DoorIds
@@ -120,7 +121,14 @@ def join(
     relay = Relay(
         _bus(settings, secrets, this_router, exchange), hub, attempts, router_id=this_router
     )
-    presence = Presence(database, models, market, relay, router_id=this_router)
+    presence = Presence(
+        database,
+        models,
+        market,
+        relay,
+        router_id=this_router,
+        place=place_of(settings.data_dir),
+    )
     presence.minute_tokens_here = attempts.tally.recent.total
     far_calls = FarCalls(relay)
     far_jobs = FarJobs(database, hub, relay, others=lambda: presence.others > 0)

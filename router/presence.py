@@ -46,10 +46,12 @@ BLIND_S = 3 * WRITE_S
 MOST_NAMED = 8
 
 _WRITE = """
-insert into routers (id, started_at, seen_at, workers, minute_tokens)
-values ($1, now(), clock_timestamp(), $2, $3)
+with before as (select place from routers where id = $1)
+insert into routers (id, started_at, seen_at, workers, minute_tokens, place)
+values ($1, now(), clock_timestamp(), $2, $3, $4)
 on conflict (id) do update set seen_at = clock_timestamp(), workers = excluded.workers,
-    minute_tokens = excluded.minute_tokens"""
+    minute_tokens = excluded.minute_tokens, place = excluded.place
+returning (select place from before)"""
 
 # Its age by the database's own clock, which wrote it.
 _OTHERS = """
@@ -80,7 +82,14 @@ class Presence:
     """What this router knows of the others, and tells them of itself."""
 
     def __init__(
-        self, database: Database, models: Models, market: Market, relay: Relay, *, router_id: str
+        self,
+        database: Database,
+        models: Models,
+        market: Market,
+        relay: Relay,
+        *,
+        router_id: str,
+        place: str,
     ) -> None:
         self._database = database
         self._models = models
@@ -88,6 +97,8 @@ class Presence:
         self._market = market
         self._relay = relay
         self._router_id = router_id
+        self._place = place
+        self._has_place = False
         self._peers: dict[str, Peer] = {}
         self._looked_at = float("-inf")
         self._changed = asyncio.Event()
@@ -214,9 +225,14 @@ class Presence:
         """Move our row, read the others', and note which workers are connected here."""
         began = time.monotonic()
         async with self._database.connection() as connection:
-            await connection.execute(
-                _WRITE, self._router_id, json.dumps(self._summary()), self.minute_tokens_here()
+            place = await connection.fetchval(
+                _WRITE,
+                self._router_id,
+                json.dumps(self._summary()),
+                self.minute_tokens_here(),
+                self._place,
             )
+            self._see_copies(place)
             await connection.execute(_FORGET)
             rows = await connection.fetch(_OTHERS, self._router_id)
             await self._note_workers(connection)
@@ -249,6 +265,16 @@ class Presence:
                 self._learn(router_id, peer, [])
             if router_id in gone and _silent_s(peer) > 10 * LOST_S:
                 del self._peers[router_id]
+
+    def _see_copies(self, place: str | None) -> None:
+        """`place`: what our row said before. We were thought dead, and somebody took our id over."""
+        if self._has_place and place not in (None, self._place):
+            log.error(
+                "another process uses this router's id: stop one of them, and remove router_id from its"
+                " data folder router=%s",
+                self._router_id,
+            )
+        self._has_place = True
 
     def _think_all_alive(self) -> None:
         """All that were alive when we looked last."""

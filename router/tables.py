@@ -281,7 +281,8 @@ class RouterRow(SQLModel, table=True):
     """A router that lives, or lived not long ago: `seen_at` moves while it does.
 
     `workers` is what the workers connected to it can take, summed up (`router.presence`), and
-    `minute_tokens` what was written there in the minute before `seen_at`.
+    `minute_tokens` what was written there in the minute before `seen_at`. `place` is where its data folder
+    lies (`router.data_folder`): one id at two places is a router and its copy.
     """
 
     __tablename__ = "routers"
@@ -290,6 +291,7 @@ class RouterRow(SQLModel, table=True):
     seen_at: datetime = Field(sa_column=_now())
     workers: list = Field(sa_column=Column(JSONB, nullable=False, server_default="[]"))
     minute_tokens: int = Field(sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    place: str | None = Field(default=None, sa_column=Column(Text))
 
 
 class WorkerEventRow(SQLModel, table=True):
