@@ -22,8 +22,9 @@ from typing import Any
 import asyncpg
 
 from router.embedded_postgres import EmbeddedPostgres
-from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
+from tests.crash_rig import Part, network_part, router_part, worker_part
 from tests.nats_tools import NatsServer
+from tests.ports import free_port
 
 SECRET = "9" * 64
 

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -26,14 +25,11 @@ from typing import Any
 import asyncpg
 import httpx
 
+from tests.ports import free_port
+
 START_S = 60.0
 REPOSITORY = Path(__file__).parent.parent
 ADMIN_TOKEN = "crash-test-admin-token"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 class Part:

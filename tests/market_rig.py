@@ -16,9 +16,10 @@ from websockets.asyncio.client import connect
 
 from billing.trial_balance import trial_balance
 from tests.conftest import url_of
-from tests.crash_rig import Part, free_port, network_part, router_part, worker_part
+from tests.crash_rig import Part, network_part, router_part, worker_part
 from tests.memory_folder import memory_folder
 from tests.nats_tools import NatsServer
+from tests.ports import free_port
 from tests.reading import PATIENCE_S
 from tests.router_rig import ScriptedWorker
 

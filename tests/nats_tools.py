@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash_rig import dying_with_us, free_port
+from tests.crash_rig import dying_with_us
+from tests.ports import free_port
 
 START_S = 20.0
 

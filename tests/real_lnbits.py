@@ -12,13 +12,14 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket
 import sys
 from asyncio.subprocess import Process
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.ports import free_port
 
 VERSION = "1.6.2"
 # bitstring 5 breaks the bolt11 that it brings along.
@@ -51,8 +52,7 @@ class RealLnbits:
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: Process | None = None
 

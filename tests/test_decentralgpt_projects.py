@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from router.api.decentralgpt import comes_directly
 from router.projects import BACK_AT_ONCE
 from tests.door_tools import CHAT, balance_msat, post_job, set_rates, until_state, workers_left
+from tests.ports import free_port
 from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
 from tests.test_http_workers import Model, model_server, said
 from tests.test_openai_images import PIXEL
@@ -344,15 +344,9 @@ async def test_a_time_out_is_504_with_its_own_code(router: Rig):
     assert await balance_msat(router, key) == 1_000_000
 
 
-def unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 async def test_a_model_that_is_away_loses_its_job_to_another_worker(router: Rig):
     payer = await router.bearer()
-    api = f"http://127.0.0.1:{unused_port()}/v1"
+    api = f"http://127.0.0.1:{free_port()}/v1"
     await registered(router, {"project": "p", "models": [{"model": MODEL, "api": api}]})
     links = await post_job(router, payer)
     async with router.worker() as worker:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import gzip
 import json
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from router.sessions import RefusedWorker
 from router.settings import Settings
 from router.workers import hash_identity
 from tests.door_tools import CHAT, post_job, set_rates, until_state
+from tests.ports import free_port
 from tests.router_rig import MODEL, PATIENCE_S, Rig
 from tests.worker_stand_ins import http_server
 from worker.protocol import ModelKind
@@ -320,12 +320,6 @@ async def test_registering_again_unchanged_keeps_the_session_and_anew_replaces_i
     (attempt, _) = await router.query("select outcome, blame from attempts order by n")
     assert attempt["blame"] == "nobody"
     assert isinstance(second, HttpSession)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 async def test_a_server_of_the_newer_internet_is_called(tmp_path: Path):

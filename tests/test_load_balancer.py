@@ -14,8 +14,9 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.crash_rig import dying_with_us, free_port
+from tests.crash_rig import dying_with_us
 from tests.pair_rig import running_pair
+from tests.ports import free_port
 from tests.reading import PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker
 

@@ -29,9 +29,10 @@ from router.database import ConnectionBroke, patiently
 from router.embedded_postgres import EmbeddedPostgres
 from tests import crash_story
 from tests.conftest import url_of
-from tests.crash_rig import Part, free_port, network_part, router_part
+from tests.crash_rig import Part, network_part, router_part
 from tests.memory_folder import memory_folder
 from tests.nats_tools import nats_command
+from tests.ports import free_port
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker, running_rig
 

@@ -17,9 +17,10 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.crash_rig import free_port, router_part
+from tests.crash_rig import router_part
 from tests.nats_tools import NatsServer
 from tests.net_spaces import NetSpace, net_space
+from tests.ports import free_port
 from tests.reading import CHAT, PATIENCE_S, Reader, until
 from tests.router_rig import Rig, ScriptedWorker, running_network, running_router
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.regtest.network import HERE, LightningNetwork, Node, Process, free_port, until
+from tests.ports import free_port
+from tests.regtest.network import HERE, LightningNetwork, Node, Process, until
 
 
 @asynccontextmanager

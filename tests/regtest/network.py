@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import httpx
 
 from tests.crash_rig import dying_with_us
+from tests.ports import free_port
 from tests.regtest.programs import Programs
 from tests.regtest.rpc import Rpc, RpcError
 
@@ -29,19 +27,6 @@ _FUNDING_BTC, _PUSHED_BTC = "0.16", "0.05"
 _HEIGHT = 440
 # Nobody's; only to mine to.
 _NOWHERE = "bcrt1qmvds4mtj4xpngqzyg8g4npe44hnwmr8hx27k69"
-
-
-_ports_given: set[int] = set()
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to outgoing connections: it stays free until it is used."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        if port not in _ports_given:
-            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-                _ports_given.add(port)
-                return port
 
 
 async def until(what: str, so: Callable[[], Awaitable[Any]], timeout_s: float = START_S) -> None:

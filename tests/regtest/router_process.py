@@ -15,7 +15,8 @@ from billing.invoices import utc_now
 from billing.ledger import Transfer
 from tests.crash_rig import router_part
 from tests.lightning_rig import hash_of
-from tests.regtest.network import LightningNetwork, free_port
+from tests.ports import free_port
+from tests.regtest.network import LightningNetwork
 from tests.regtest.passing_time import pass_time
 from tests.regtest.router_rig import PAYOUT_MSAT, electrum_settings
 
