@@ -137,6 +137,7 @@ async def engine_for(
             "engine": EngineName.OPENAI,
             "engine_url": url + suffix,
             "engine_api_key": KEY,
+            "slots": 4,
             **fields,
         }
         engine = open_engine(WorkerSettings(_env_file=None, **values))  # pyright: ignore[reportCallIssue]

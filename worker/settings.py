@@ -63,7 +63,7 @@ class WorkerSettings(BaseSettings):
         default=None,
         ge=1,
         le=1024,
-        description="Jobs at once; default: measured at the start (llama_cpp), or the engine's own.",
+        description="Jobs at once; default: measured at the start (llama_cpp, openai); koboldcpp: 1.",
     )
     context: int | None = Field(
         default=None, ge=16, le=100_000_000, description="Tokens of context for each job."

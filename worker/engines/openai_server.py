@@ -8,14 +8,14 @@ does not know that option is asked again without it, and once only. What a strea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from worker.engines import Done, Progress, Sink
+from worker.engines import Done, Progress, Sink, server_slots
 from worker.engines.remote import Server, json_object, open_server
 from worker.engines.server_pictures import draw
 from worker.engines.stopping import unless_cancelled
@@ -37,7 +37,9 @@ from worker.protocol import (
 from worker.settings import WorkerSettings
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+# Where that is not measured.
 SLOTS = 4
+MEASURED_TOKENS = 16
 CONTEXT = 4096
 BUSY_TRIES = 5
 _CANCELLED = Done(FinishReason.CANCELLED)
@@ -61,7 +63,7 @@ def from_settings(settings: WorkerSettings) -> OpenAIServerEngine:
         open_server(settings, DEFAULT_URL),
         names=names,
         shown_as=settings.model_name,
-        slots=settings.slots or SLOTS,
+        slots=settings.slots,
         context=settings.context,
         max_tokens=settings.max_tokens,
         image_names=_names(settings.image_models),
@@ -82,11 +84,26 @@ class _Answer:
     wrote: bool = False
 
 
+class _Nowhere:
+    """A sink for answers that nobody reads."""
+
+    cancelled = False
+
+    def write(
+        self, text: str, *, tokens: int | None = None, delta: dict[str, Any] | None = None
+    ) -> None:
+        pass
+
+    def on_cancel(self, call: Callable[[], object]) -> None:
+        pass
+
+
 class OpenAIServerEngine:
     """Passes jobs on to `server`. `names` empty: every model that it lists.
 
     `shown_as` renames the model, when there is only one. `context` overrides what the server says.
-    `image_names` and `image_edit_names` are those of its models that make and change pictures.
+    `slots`: answers at once; None: measured at the start. `image_names` and `image_edit_names` are
+    those of its models that make and change pictures.
     """
 
     def __init__(
@@ -95,7 +112,7 @@ class OpenAIServerEngine:
         *,
         names: Sequence[str] = (),
         shown_as: str | None = None,
-        slots: int = SLOTS,
+        slots: int | None = SLOTS,
         context: int | None = None,
         max_tokens: int | None = None,
         busy_pause_s: float = BUSY_PAUSE_S,
@@ -125,7 +142,7 @@ class OpenAIServerEngine:
 
     @property
     def slots(self) -> int:
-        return self._slots
+        return self._slots or SLOTS
 
     async def start(self, progress: Progress) -> None:
         progress(0, f"asking {self._server.url} for its models")
@@ -145,7 +162,9 @@ class OpenAIServerEngine:
             shown = self._shown_as or name
             self._server_names[shown] = name
             self._models.extend(self._served(shown, name, listed.get(name, {})))
-        progress(1, f"serving {', '.join(self._server_names)}")
+        if self._slots is None:
+            await self._measure(progress)
+        progress(1, f"serving {', '.join(self._server_names)}, {self.slots} answers at once")
 
     async def generate(self, job: JobSpec, sink: Sink) -> Done:
         if isinstance(job, EmbeddingSpec):
@@ -167,6 +186,26 @@ class OpenAIServerEngine:
 
     async def aclose(self) -> None:
         await self._server.aclose()
+
+    async def _measure(self, progress: Progress) -> None:
+        """Find out how many answers at once the server gives, of its first model of text."""
+        found = (model.id for model in self._models if model.kind is ModelKind.TEXT)
+        if (model := next(found, None)) is None:
+            return
+        progress(0.5, "measuring how many answers at once it gives (--slots says it)")
+
+        async def ask(number: int) -> None:
+            words = f"Count from {number} to {number + 9}."
+            job = ChatSpec(
+                model=model,
+                messages=[{"role": "user", "content": words}],
+                max_tokens=MEASURED_TOKENS,
+            )
+            await self._stream(job, _Nowhere(), _Answer())
+
+        self._slots = await server_slots.measure(ask)
+        if self._slots is None:
+            progress(0.9, f"it did not answer, {SLOTS} are taken to be right")
 
     # --- models ----------------------------------------------------------------------------------
 
