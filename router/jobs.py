@@ -120,7 +120,7 @@ class Jobs:
         quote_id = submission.quote.id
         kind = "submit" if job_submits.is_plain(submission) else "submit_bound"
         until = time.monotonic() + UNSURE_S
-        unsure = False
+        unsure = refused = False
         while True:
             try:
                 if unsure and await self.of_quote(quote_id):
@@ -136,6 +136,12 @@ class Jobs:
                     if submission.once is None:
                         self._later(self._take_back(submission))
                     raise
+            except Exception:
+                # A statement whose line was lost while it waited may have been done after we looked:
+                # then its rows, or the money that it has taken, are what is in the way.
+                if refused or not unsure:
+                    raise
+                refused = True
             await asyncio.sleep(AGAIN_S)
 
     async def _take_back(self, submission: Submission) -> None:
