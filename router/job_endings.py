@@ -100,7 +100,7 @@ async def expire_unpaid(
     In the transaction that closes the quotes: nobody would look for these jobs again.
     """
     jobs = await connection.fetch(
-        "select id from jobs where quote_id = any($1::text[]) and state = $2 for update",
+        "select id from jobs where quote_id = any($1::text[]) and state = $2 order by id for update",
         list(quote_ids),
         State.AWAITING_PAYMENT.value,
     )

@@ -60,7 +60,7 @@ opened as (
 waiting as (
     select j.id, j.state, j.multiplier_milli from jobs j, quote
     where j.id = any($6::text[]) and j.quote_id = quote.id and j.account_id = $16
-    for update of j),
+    order by j.id for update of j),
 before as (
     select l.set, max(q.multiplier_milli) as milli
     from unnest($23::int[], $24::text[]) l(set, lane)

@@ -198,6 +198,31 @@ async def test_a_quote_that_expires_meanwhile_is_not_started(shop: Rig):
     assert await everything(shop) == before
 
 
+@pytest.mark.parametrize("way", ["paid", "expired"])
+async def test_the_jobs_of_a_quote_are_locked_in_the_order_in_which_they_are_cancelled(
+    shop: Rig, way: str
+):
+    """By their ids; else a client that cancels them all would hold some, and wait for the others."""
+    made = (await shop.http.post("/quotes", json=JOB | {"n": 6})).json()
+    due = (await shop.http.post(f"/quotes/{made['quote_id']}/invoice")).json()
+    core, ids = shop.core, sorted(row["id"] for row in await shop.query("select id from jobs"))
+    if way == "expired":
+        await shop.query("update quotes set expires_at = now() - interval '1 hour' returning 1")
+    async with core.database.transaction() as connection:
+        await connection.execute("select from jobs where id = $1 for update", ids[0])
+        change = start(shop, receipt(due)) if way == "paid" else core.maintenance.expire_quotes()
+        changing = asyncio.create_task(change)
+        async with asyncio.timeout(10):
+            while not await connection.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0.01)
+        free = await connection.fetch("select from jobs for update skip locked")
+        assert len(free) == len(ids)
+    await changing
+    assert (await shop.books()).in_order
+
+
 async def test_money_that_is_in_the_books_already_is_not_booked_again(shop: Rig):
     due = await bought(shop)
     await shop.query(
