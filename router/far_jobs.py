@@ -32,8 +32,12 @@ join unnest($1::text[], $2::int[], $3::bigint[]) t(id, attempt, have)
     on c.job_id = t.id and c.n = t.attempt and c.start + length(c.text) > t.have
 order by c.job_id, c.start"""
 
+# Jobs are locked in the order in which they come, by their ids, as where they end.
 _SHOWN = """
-update jobs j set shown = true from unnest($1::text[], $2::int[]) t(id, attempt)
+with given as materialized (
+    select t.* from unnest($1::text[], $2::int[]) t(id, attempt)
+    cross join lateral (select from jobs where jobs.id = t.id for update) j)
+update jobs j set shown = true from given t
 where j.id = t.id and j.attempt = t.attempt and j.state = 'running' and not j.shown"""
 
 
@@ -120,7 +124,7 @@ class FarJobs:
             return
         for stream in streams:
             self._relay.tell_shown(stream)
-        told = [(stream, stream.attempt) for stream in streams]
+        told = sorted(((s, s.attempt) for s in streams), key=lambda pair: pair[0].job_id)
         async with self._database.connection() as connection:
             await connection.execute(_SHOWN, [s.job_id for s, _ in told], [n for _, n in told])
         for stream, attempt in told:

@@ -17,10 +17,13 @@ insert into job_chunks (job_id, n, start, text, tokens)
 select * from unnest($1::text[], $2::int[], $3::bigint[], $4::text[], $5::bigint[])
 on conflict (job_id, n, start) do update set text = excluded.text, tokens = excluded.tokens"""
 
+# Jobs are locked in the order in which they come, by their ids, as where they end.
 _SHOW = """
-update jobs j set shown = j.shown or t.shown, first_token_at = t.first_token_at
-from unnest($1::text[], $2::int[], $3::bool[], $4::timestamptz[])
-    t(id, attempt, shown, first_token_at)
+with given as materialized (
+    select t.* from unnest($1::text[], $2::int[], $3::bool[], $4::timestamptz[])
+        t(id, attempt, shown, first_token_at)
+    cross join lateral (select from jobs where jobs.id = t.id for update) j)
+update jobs j set shown = j.shown or t.shown, first_token_at = t.first_token_at from given t
 where j.id = t.id and j.attempt = t.attempt and j.state = 'running'"""
 
 
@@ -58,6 +61,7 @@ def news_of(running: RunningAttempt) -> News:
 async def keep(database: Database, running: Iterable[RunningAttempt]) -> None:
     """Store what attempts have said, and whether anybody was shown it. Twice is harmless."""
     news = [news_of(r) for r in running if not r.settled and r.stream.has_news]
+    news.sort(key=lambda new: new.stream.job_id)
     if not news:
         return
     said = [new for new in news if new.pieces > new.stream.kept]

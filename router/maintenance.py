@@ -57,6 +57,13 @@ EXPIRY_GRACE = timedelta(seconds=30)
 # How long after its start a job of ours must be known here, if it was really sent to a worker.
 UNSENT_S = 10
 _BATCH = 200
+# Jobs are locked by their ids, in the order in which they come, as where they end.
+_RENEW = """
+with given as materialized (
+    select t.id from unnest($1::text[]) t(id)
+    cross join lateral (select from jobs where jobs.id = t.id for update) j)
+update jobs j set lease_ends_at = $2 from given t
+where j.id = t.id and j.state = 'running' and j.router_id = $3"""
 FEW_WORKERS = 200
 SLICES = 12
 
@@ -149,12 +156,11 @@ class Maintenance:
 
     async def renew_leases(self) -> None:
         """Say that what runs here is still alive."""
-        running = list(self._attempts.running)
+        running = sorted(self._attempts.running)
         if running:
             async with self._database.connection() as connection:
                 await connection.execute(
-                    "update jobs set lease_ends_at = $2"
-                    " where id = any($1::text[]) and state = 'running' and router_id = $3",
+                    _RENEW,
                     running,
                     self._clock() + timedelta(seconds=self._settings.lease_s),
                     self._router_id,
