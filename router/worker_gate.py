@@ -398,12 +398,26 @@ class WorkerGate:
         """Hand a claimed job to its worker, or give it back if that has left meanwhile."""
         session = self.sessions.get(worker.id)
         if session is not None and session.worker is worker:
-            session.assign(claimed)
+            try:
+                session.assign(claimed)
+            except Exception:
+                # Others were claimed or bought in the same statement, and that is done.
+                log.exception("job not sent job=%s worker=%s", claimed.job_id, worker.id)
+                self._give_back_unsent(claimed, worker)
             return
         running = self._attempts.begin(claimed, worker, lambda: None)
         self._attempts.fail(
             running, outcome="worker_lost", blame="nobody", error="gone before the job was sent"
         )
+
+    def _give_back_unsent(self, claimed: Claimed, worker: Worker) -> None:
+        """If its attempt has not even begun, it is taken back as one whose claim was not heard of."""
+        worker.busy.discard(claimed.job_id)
+        running = self._attempts.running.get(claimed.job_id)
+        if running is not None and running.claimed is claimed:
+            self._attempts.fail(
+                running, outcome="router_error", blame="router", error="a fault of the router"
+            )
 
     def drain_all(self) -> None:
         """This router is shutting down: no new jobs for anybody."""

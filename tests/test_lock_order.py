@@ -4,7 +4,8 @@ same jobs wait for each other in one order, and PostgreSQL need end neither."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.door_tools import post_job
 from tests.router_rig import PATIENCE_S, Rig
 
 JOBS = 12
-Write = Callable[[Rig, list[str]], Awaitable[None]]
+Write = Callable[[Rig, list[str]], Coroutine[Any, Any, None]]
 
 
 async def renewed(router: Rig, ids: list[str]) -> None:

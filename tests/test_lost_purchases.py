@@ -1,4 +1,4 @@
-"""A purchase whose line to PostgreSQL is lost while its statement waits there, and is done all the same."""
+"""A purchase whose line to PostgreSQL is lost while its statement waits there, and is done later."""
 
 from __future__ import annotations
 

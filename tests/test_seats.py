@@ -18,6 +18,7 @@ from router.database import Database
 from router.errors import NotEnoughBalance
 from router.job_records import Claim, Claimed, Seat, Submission, Submitted
 from router.job_states import State
+from router.worker_sessions import WorkerSession
 from router.workers import Worker
 from tests.door_tools import JOB
 from tests.job_tools import LANE, OFFER_MSAT, RATES, new_job, new_quote, payer, state_of
@@ -305,6 +306,45 @@ async def test_one_whose_worker_leaves_meanwhile_waits_for_another(
     async with router.worker() as worker:
         job = await worker.serve("Hi.")
         assert (job["job_id"], job["attempt"]) == (made.json()["jobs"][0]["id"], 2)
+    assert (await router.books()).in_order
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("paid_by", ["balance", "invoice"])
+async def test_what_cannot_be_sent_to_its_worker_is_bought_all_the_same(
+    router: Rig, monkeypatch: pytest.MonkeyPatch, begun: bool, paid_by: str
+):
+    """Its buyer, and those whose jobs were bought with it, are told of no error after the commit."""
+    assign, faulty = WorkerSession.assign, []
+
+    def faulted(self: WorkerSession, claimed: Claimed) -> None:
+        if faulty:
+            assign(self, claimed)
+            return
+        faulty.append(claimed.job_id)
+        if begun:
+            self._attempts.begin(claimed, self.worker, lambda: None)
+        raise ValueError("a fault in how jobs are sent")
+
+    monkeypatch.setattr(WorkerSession, "assign", faulted)
+    async with router.worker(slots=3) as worker:
+        if paid_by == "balance":
+            key = await router.bearer()
+            asks = [router.http.post("/jobs", json=JOB, headers=key) for _ in range(2)]
+            made = [reply.status_code for reply in await asyncio.gather(*asks)]
+            assert made == [202, 202]
+        else:
+            await router.buy("/jobs", JOB | {"n": 2})
+        first = await worker.serve("Hi.")
+        assert faulty and first["job_id"] not in faulty
+        if not begun:
+            await router.query("update jobs set started_at = now() - interval '1 hour' returning 1")
+        second = await worker.serve("Hi.")
+        assert ([second["job_id"]], second["attempt"]) == (faulty, 2)
+        async with asyncio.timeout(PATIENCE_S):
+            while await router.query("select from jobs where state <> 'succeeded'"):
+                await asyncio.sleep(0.02)
+        assert [w.free_slots for w in router.core.fleet.all()] == [3]
     assert (await router.books()).in_order
 
 
