@@ -48,8 +48,8 @@ async def test_an_answer_flows_on_and_is_settled_once_when_the_database_is_there
             await worker.say(job, "and on.", seq=2)
             whole = "before, while it hangs, and on."
             await reader.until_shown(whole)
-            await worker.finish(job, tokens=9)
             began = time.monotonic()
+            await worker.finish(job, tokens=9)
             await asyncio.wait_for(reader.task, SOON_S)
             assert time.monotonic() - began >= 1.0 and not reader.done
             (error,) = reader.errors

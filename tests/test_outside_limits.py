@@ -73,7 +73,7 @@ async def test_a_slow_answer_is_given_up_when_the_time_is_over(slow):
     async with Loopback(slow) as server:
         started = asyncio.get_running_loop().time()
         assert (await failure(development(limits=QUICK), local(server))).code == "unreachable"
-        assert asyncio.get_running_loop().time() - started < 5
+        assert asyncio.get_running_loop().time() - started < 20
 
 
 async def endless(request: Request) -> AsyncIterator[bytes]:

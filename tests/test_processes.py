@@ -137,7 +137,7 @@ async def test_a_child_that_does_not_listen_is_killed_with_all_its_group(
     assert child is not None and alive(grandchild)
     began = time.monotonic()
     await children.stop()
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 30
     assert not alive(child)
     await until(lambda: not alive(grandchild))
 

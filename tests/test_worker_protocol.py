@@ -10,6 +10,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.door_tools import RATES, event_stream, post_job, said, set_rates, until_state
+from tests.reading import until
 from tests.router_rig import PATIENCE_S, Rig, ScriptedWorker
 
 
@@ -71,6 +72,12 @@ async def test_frames_about_jobs_of_others_or_of_nobody_change_nothing(router: R
         await owner.say(job, "Mine.")
         await owner.finish(job, tokens=2)
         await until_state(router, links["id"], "succeeded")
+
+        async def thief_was_heard() -> bool:
+            # By a line of its own, which may be slower than its owner's.
+            return router.core.gate.sessions[thief.id].dropped_frames >= 10
+
+        await until(thief_was_heard)
         assert router.core.gate.sessions[thief.id].dropped_frames == 10
         assert router.core.gate.sessions[owner.id].dropped_frames == 1
     body = await result_of(router, links)

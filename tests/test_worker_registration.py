@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.door_tools import post_job, until_state, workers_left
+from tests.ports import free_port
 from tests.router_rig import MODEL, PATIENCE_S, Rig, running_rig
 from tests.worker_stand_ins import http_server
 
@@ -121,9 +121,7 @@ async def test_an_address_that_cannot_be_paid_is_refused_at_once(tmp_path: Path,
 
 
 async def test_an_address_that_nobody_answers_for_may_be_tried_again(router: Rig):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    nobody = registration(ln_url=f"nobody@127.0.0.1:{port}")
+    nobody = registration(ln_url=f"nobody@127.0.0.1:{free_port()}")
     answered, closed = await first_frame(router, nobody)
     assert answered["type"] == "refused" and answered["retryable"] is True, answered
     assert closed == 1013
