@@ -194,6 +194,8 @@ async def test_a_job_reaches_an_idle_worker_elsewhere_though_the_word_is_lost(
             return any(group.free for group in a.core.fleet.elsewhere())
 
         await until(has_room)
+        # B looks once more, since its worker is free again: not when the next job is there already.
+        await worker.nothing()
         send, lost = a.core.relay.bus.send, []
 
         def lose_one(to: str, message: list[Any]) -> None:

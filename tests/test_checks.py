@@ -60,6 +60,13 @@ def test_nothing_follows_from_a_few_checks():
 # --- checks in a running router -------------------------------------------------------------------
 
 
+@pytest.fixture(name="router")
+async def that_looks_when_it_is_told(router: Rig) -> Rig:
+    """Its own look, every two seconds, would buy or judge what a test is about to."""
+    await router.core.checks.stop()
+    return router
+
+
 async def add(router: Rig, prompt: str = QUESTION, **more: Any) -> dict[str, Any]:
     made = await router.http.post("/admin/checks", json={"prompt": prompt, **more}, headers=ADMIN)
     assert made.status_code == 201, made.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from client.errors import JobNotDone
 from client.events import Reconnecting, Text
 from tests.paying_clients import PROMPT, paying, serving
+from tests.reading import until
 from tests.router_rig import Rig
 
 
@@ -52,6 +54,11 @@ class _Cut(httpx.AsyncByteStream):
 async def test_a_line_that_breaks_again_and_again_loses_and_repeats_nothing(router: Rig):
     words = [f"w{number} " for number in range(40)]
     transport = CuttingTransport([400, 700, 900, 1100])
+    events: list[Any] = []
+
+    async def heard(text: str) -> bool:
+        return "".join(event.text for event in events if isinstance(event, Text)) == text
+
     async with router.worker() as worker, paying(router, transport=transport) as client:
         stream = client.stream(PROMPT, max_tokens=100)
 
@@ -59,11 +66,13 @@ async def test_a_line_that_breaks_again_and_again_loses_and_repeats_nothing(rout
             job = await worker.job()
             for seq, word in enumerate(words):
                 await worker.say(job, word, seq=seq)
-                await asyncio.sleep(0.01)
+                # Each is an event of its own, so that there are bytes enough for all the cuts.
+                await until(partial(heard, "".join(words[: seq + 1])))
             await worker.finish(job, tokens=40)
 
         task = asyncio.create_task(serve())
-        events = [event async for event in stream]
+        async for event in stream:
+            events.append(event)
         await task
     assert sum(isinstance(event, Reconnecting) for event in events) == 4
     assert "".join(event.text for event in events if isinstance(event, Text)) == "".join(words)
