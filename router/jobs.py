@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 # How long a client waits to hear what became of a submission that the database did not answer.
 UNSURE_S = 15.0
 AGAIN_S = 0.2
+# How long a statement whose line was lost may wait for locks: those who hold any are ended before that
+# (`router.database`).
+LATE_S = 60.0
+LATE_EVERY_S = 5.0
 # How long a cancel waits for the router that runs the job.
 CANCEL_S = 5.0
 CANCEL_LOOK_S = 0.05
@@ -145,13 +149,18 @@ class Jobs:
             await asyncio.sleep(AGAIN_S)
 
     async def _take_back(self, submission: Submission) -> None:
-        """Cancel jobs that may have been queued for somebody who was told that they were not."""
-        while True:
+        """Cancel jobs that may have been queued for somebody who was told that they were not, or will
+        be in a moment: the server may not know yet that nobody hears of it any more."""
+        rows: list[Any] = []
+        pause_s, until = AGAIN_S, time.monotonic() + LATE_S
+        while not rows and time.monotonic() < until:
             try:
                 rows = await self.of_quote(submission.quote.id)
-                break
             except DatabaseUnavailable:
-                await asyncio.sleep(AGAIN_S)
+                until = time.monotonic() + LATE_S
+            await asyncio.sleep(pause_s)
+            # What has started without its worker's knowledge is taken back later than this.
+            pause_s = min(2 * pause_s, LATE_EVERY_S)
         for row in rows:
             await self.cancel_surely(row["id"], reason="database_unavailable")
 

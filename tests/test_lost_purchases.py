@@ -9,6 +9,7 @@ import pytest
 
 from billing import ledger
 from billing.ledger import Transfer
+from router import jobs
 from tests.door_tools import JOB, balance_msat
 from tests.reading import until
 from tests.router_rig import Rig
@@ -67,3 +68,26 @@ async def test_what_is_done_after_its_line_was_lost_is_done_once_and_its_client_
         await until(lambda: router.query("select 1 from jobs where state = 'succeeded'"))
     holds = await router.query("select from ledger_transfers where code = 'hold'")
     assert len(holds) == 1 and (await router.books()).in_order
+
+
+async def test_what_is_done_after_its_client_was_told_that_it_was_not_is_cancelled(
+    router: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jobs, "UNSURE_S", 0.0)
+    key = await router.bearer()
+    had_msat = await balance_msat(router, key)
+    (payer,) = await router.query("select account_id from account_keys")
+    async with router.worker(slots=2) as worker:
+        async with router.core.database.transaction() as connection:
+            await ledger.lock_balances(connection, [ledger.client(payer["account_id"])])
+            asking = asyncio.create_task(router.http.post("/jobs", json=JOB, headers=key))
+            cut_line(router, await until(lambda: connection.fetchval(_WAITING, [])))
+            assert (await asking).status_code == 503
+            # He is told, and looked for, before it is done.
+            await asyncio.sleep(0.3)
+        await until(lambda: router.query("select 1 from jobs where state = 'cancelled'"))
+        await worker.nothing()
+        (job,) = await router.query("select * from jobs")
+        assert (job["end_reason"], job["charged_msat"]) == ("database_unavailable", 0)
+        assert await balance_msat(router, key) == had_msat
+    assert (await router.books()).in_order
