@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import time
 from collections.abc import Awaitable, Callable
 
 from worker.errors import JobError
@@ -31,11 +30,11 @@ async def measure(ask: Ask, *, patience_s: float = PATIENCE_S) -> int | None:
     `ask` has one short answer made, and raises JobError; its number is another each time, so that no
     answer is one that the server has kept. Nothing larger is begun after `patience_s`, in seconds.
     """
-    numbers = itertools.count(1)
+    numbers, now = itertools.count(1), asyncio.get_running_loop().time
 
     async def seconds(at_once: int, limit_s: float | None) -> float:
         """How long so many take; infinite when one fails, or when they take longer than the limit."""
-        began = time.monotonic()
+        began = now()
         try:
             async with asyncio.timeout(limit_s):
                 answers = (ask(next(numbers)) for _ in range(at_once))
@@ -45,14 +44,14 @@ async def measure(ask: Ask, *, patience_s: float = PATIENCE_S) -> int | None:
         for error in found:
             if isinstance(error, BaseException) and not isinstance(error, JobError):
                 raise error
-        return math.inf if any(found) else time.monotonic() - began
+        return math.inf if any(found) else now() - began
 
     # The first may have to wait for the model to be loaded.
     if await seconds(1, None) == math.inf:
         return None
-    until = time.monotonic() + patience_s
+    until = now() + patience_s
     slots, took_s = 1, await seconds(1, None)
-    while slots < MOST and time.monotonic() < until:
+    while slots < MOST and now() < until:
         limit_s = max(WORTH * took_s, AT_ONCE_S)
         for _ in range(2):
             # Once more: something else may have kept the machine busy.
