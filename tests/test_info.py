@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from billing.fees import Rates
-from tests.door_tools import JOB, busy_worker, info, post_job, set_rates, until_state
+from tests.door_tools import (
+    JOB,
+    busy_worker,
+    info,
+    post_job,
+    set_rates,
+    until_state,
+    workers_left,
+)
 from tests.router_rig import MODEL, Rig
 
 RATES = Rates(prompt_fee_msat=1500, input_msat_per_mtok=200_000, output_msat_per_mtok=600_000)
@@ -98,6 +106,7 @@ async def test_the_last_multiplier_falls_back_when_nothing_waits(router: Rig):
 async def test_a_model_whose_workers_have_left_is_known_but_not_servable(router: Rig):
     async with router.worker():
         pass
+    await workers_left(router, 0)
     (model,) = (await info(router))["models"]
     assert (model["id"], model["workers"], model["servable"]) == (MODEL, 0, False)
 
