@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from router.workers import Worker
 MOST_ANSWER_BYTES = 64 << 20
 MOST_LINE_BYTES = 1 << 20
 FIRST_REST_S, LONGEST_REST_S = 1.0, 60.0
+# How long an answer may go on after it has said that it is done.
+END_S = 0.5
 
 
 async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -44,10 +47,20 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             if not line.startswith(b"data:") or not data:
                 continue
             if data == b"[DONE]":
+                await _read_end(response)
                 return
             yield data
         if len(rest) > MOST_LINE_BYTES:
             raise BadAnswer("an event without an end")
+
+
+async def _read_end(response: aiohttp.ClientResponse) -> None:
+    """What says that the answer has ended mostly comes in a packet of its own, and a connection on
+    which it has not come cannot be kept."""
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(END_S):
+            while await response.content.readany():
+                pass
 
 
 def as_object(text: bytes) -> dict[str, Any]:

@@ -54,8 +54,11 @@ class Model:
     def answer(self, body: Any, status: int = 200) -> None:
         self.answers.put_nowait(JSONResponse(body, status))
 
-    def stream(self, *events: Any, hold: asyncio.Event | None = None) -> None:
-        """Events as `data:` lines; with `hold`, the last comes only when it is set."""
+    def stream(
+        self, *events: Any, hold: asyncio.Event | None = None, ends_after_s: float = 0.0
+    ) -> None:
+        """Events as `data:` lines; with `hold`, the last comes only when it is set. The answer's end
+        may come a while after."""
 
         async def lines() -> AsyncIterator[str]:
             for event in events[:-1]:
@@ -64,6 +67,7 @@ class Model:
                 await hold.wait()
             last = events[-1]
             yield f"data: {last if isinstance(last, str) else json.dumps(last)}\n\n"
+            await asyncio.sleep(ends_after_s)
 
         self.answers.put_nowait(StreamingResponse(lines(), media_type="text/event-stream"))
 
@@ -236,11 +240,22 @@ async def test_connections_to_this_machine_are_kept(router: Rig):
             links = await post_job(router, payer, stream=stream)
             await model.next()
             if stream:
-                model.stream(delta("Hello."), delta("", "stop"), "[DONE]")
+                # The end of its answer mostly comes in a packet of its own.
+                model.stream(delta("Hello."), delta("", "stop"), "[DONE]", ends_after_s=0.02)
             else:
                 model.answer(said("Hello."))
             await until_state(router, links["id"], "succeeded")
         assert len(model.connections) == 1
+
+
+async def test_a_server_that_does_not_end_its_answer_holds_up_nobody(router: Rig):
+    payer = await router.bearer()
+    async with model_server() as model:
+        await router.core.gate.register_http(described(model))
+        links = await post_job(router, payer, stream=True)
+        await model.next()
+        model.stream(delta("Hello."), delta("", "stop"), "[DONE]", ends_after_s=3600)
+        await until_state(router, links["id"], "succeeded")
 
 
 async def test_a_compressed_answer_is_not_unpacked(router: Rig):
