@@ -13,6 +13,14 @@ from router.database import Database
 _FIND = "select worker_id from attempts where job_id = any((select $1::text[])::text[]) and n = 1"
 
 
+@pytest.fixture(name="database")
+async def without_autovacuum(database: Database) -> Database:
+    """Which looks at each database once a minute, and may find the table just before we do."""
+    async with database.connection() as connection:
+        await connection.execute("alter table attempts set (autovacuum_enabled = off)")
+    return database
+
+
 async def _add(connection: Any, jobs: range) -> None:
     await connection.execute(
         "insert into attempts (job_id, n, worker_id, router_id)"
