@@ -83,5 +83,5 @@ def development(**options) -> OutsideHttp:
 
 async def failure(http_client: OutsideHttp, url: OutsideUrl, **options) -> OutsideHttpError:
     with pytest.raises(OutsideHttpError) as caught:
-        await asyncio.wait_for(http_client.fetch(url, **options), 5)
+        await asyncio.wait_for(http_client.fetch(url, **options), 20)
     return caught.value

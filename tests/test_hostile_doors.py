@@ -105,7 +105,7 @@ async def test_the_same_worker_named_a_hundred_thousand_times_is_one(router: Rig
             "/api/v2/generate/text/async",
             json=HORDE_PROMPT | {"workers": [worker.id] * 100_000, "dry_run": True},
             headers=await apikey(router),
-            timeout=5,
+            timeout=20,
         )
         assert reply.status_code == 200, reply.text
 

@@ -43,7 +43,7 @@ async def asking(ring: KeyRing, key: str, looks: Looks, count: int = 5) -> list[
     """So many that bring a key at once, and wait for the database."""
     before = looks.count
     tasks = [asyncio.create_task(ring.find(key)) for _ in range(count)]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while looks.count == before:
             await asyncio.sleep(0.01)
     return tasks

@@ -95,7 +95,7 @@ async def test_the_dearer_job_behind_a_busy_worker_is_served_first(router: Rig):
 
 async def _info(router: Rig, *, queue_length: int) -> dict[str, Any]:
     """The model as `/info` shows it, once it has seen the queue."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while True:
             info = (await router.http.get("/info")).json()
             if info["queue_length"] == queue_length:
@@ -105,7 +105,7 @@ async def _info(router: Rig, *, queue_length: int) -> dict[str, Any]:
 
 async def _until_waiting(router: Rig, multiplier: str) -> None:
     milli = int(float(multiplier) * 1000)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not await router.query("select 1 from queue where multiplier_milli = $1", milli):
             await asyncio.sleep(0.01)
 

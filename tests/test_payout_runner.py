@@ -200,13 +200,13 @@ async def test_a_runner_that_lost_its_lease_writes_nothing_and_the_next_finds_ou
 
     old.backend.answer = slow
     turn = asyncio.create_task(old.runner.run_once())
-    await asyncio.wait_for(asked.wait(), 5)
+    await asyncio.wait_for(asked.wait(), 20)
     await world.pass_time(31)
     await new.runner.run_once()
     assert new.runner.is_the_one
     assert new.backend.pays == 0, "the first one's request may still be on its way"
     gate.set()
-    await asyncio.wait_for(turn, 5)
+    await asyncio.wait_for(turn, 20)
     assert (await world.payout_of("w1")).state is PayoutState.SENDING, "the loser wrote nothing"
     await world.pass_time(30)
     await new.runner.run_once()

@@ -149,7 +149,7 @@ async def test_stop_in_the_pause_before_a_restart_starts_nothing(
     log = tmp_path / "logs" / "fragile.log"
     await children.start(sh("fragile", "exit 1"))
     await until(lambda: "starting it again" in log.read_text())
-    await asyncio.wait_for(children.stop(), 5)
+    await asyncio.wait_for(children.stop(), 30)
     assert log.read_text().count("started (pid") == 1
 
 

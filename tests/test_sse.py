@@ -12,7 +12,7 @@ from router.api.leaving import ClientGone, UnlessGone
 from router.api.short_ways import LINE
 from router.api.sse import EventStream
 
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 
 
 class Wire:

@@ -13,7 +13,7 @@ def finished(job_id: str) -> Finished:
 
 
 async def taken(outbox: Outbox) -> list[object]:
-    frames = await asyncio.wait_for(outbox.take(), 1)
+    frames = await asyncio.wait_for(outbox.take(), 10)
     return [WORKER_FRAME.validate_json(frame) for frame in frames]
 
 
@@ -80,5 +80,5 @@ async def test_all_is_sent_when_the_taker_comes_back_and_not_before():
     await asyncio.sleep(0)
     assert not waiting.done()
     coming_back = asyncio.ensure_future(outbox.take())
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 10)
     coming_back.cancel()
