@@ -278,11 +278,11 @@ async def test_a_redirect_to_the_same_name_is_resolved_and_checked_anew(monkeypa
 
 async def test_the_time_limit_covers_all_hops_together():
     async def slow_hop(request: Request) -> AsyncIterator[bytes]:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.0)
         yield http(302, b"", Location="/next")
 
     async with Loopback(slow_hop) as server:
-        client = development(limits=OutsideLimits(total_s=1.75))
+        client = development(limits=OutsideLimits(total_s=3.5))
         error = await failure(client, local(server), redirects=2)
     assert error.code == "unreachable"
     assert len(server.requests) == 2
