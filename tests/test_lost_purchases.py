@@ -59,8 +59,8 @@ async def test_what_is_done_after_its_line_was_lost_is_done_once_and_its_client_
             await until(waiting)
         made = await asking
         assert made.status_code == 202, made.text
-        (job,) = await router.query("select id, state from jobs")
-        assert (made.json()["jobs"][0]["id"], job["state"]) == (job["id"], "running")
+        (job,) = await router.query("select id from jobs")
+        assert made.json()["jobs"][0]["id"] == job["id"]
         assert await balance_msat(router, key) == (enough_for - 1) * fee_msat
         # No worker was told of it: like lost claims, it is taken back after a while.
         await router.query("update jobs set started_at = now() - interval '1 minute' returning 1")
