@@ -61,7 +61,7 @@ from router.api.shortcut import Shortcut
 from router.api.unknown_paths import in_dialect, no_such_door
 from router.bus import Exchange
 from router.core import Core
-from router.data_folder import Taken, alone_in, place_of
+from router.data_folder import Taken, alone_in
 from router.database import Database, DatabaseUnavailable, migrate, patiently
 from router.embedded_postgres import EmbeddedPostgres
 from router.joining import join
@@ -292,7 +292,7 @@ async def _stop(stop: Callable[[], Awaitable[None]]) -> None:
 
 async def _be_the_only_one(core: Core) -> None:
     folder = core.settings.data_dir
-    alone = partial(wait_until_alone, core.database, core.router_id, place_of(folder))
+    alone = partial(wait_until_alone, core.database, core.router_id, core.presence.place)
     try:
         await patiently(alone, patience_s=OWN_PATIENCE_S)
     except IdTaken:

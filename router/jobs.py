@@ -138,7 +138,7 @@ class Jobs:
                     raise
                 if time.monotonic() > until:
                     if submission.once is None:
-                        self._later(self._take_back(submission))
+                        self._later(self._take_back(submission.quote.id))
                     raise
             except Exception:
                 # A statement whose line was lost while it waited may have been done after we looked:
@@ -148,19 +148,19 @@ class Jobs:
                 refused = True
             await asyncio.sleep(AGAIN_S)
 
-    async def _take_back(self, submission: Submission) -> None:
+    async def _take_back(self, quote_id: str) -> None:
         """Cancel jobs that may have been queued for somebody who was told that they were not, or will
         be in a moment: the server may not know yet that nobody hears of it any more."""
         rows: list[Any] = []
         pause_s, until = AGAIN_S, time.monotonic() + LATE_S
         while not rows and time.monotonic() < until:
-            try:
-                rows = await self.of_quote(submission.quote.id)
-            except DatabaseUnavailable:
-                until = time.monotonic() + LATE_S
             await asyncio.sleep(pause_s)
             # What has started without its worker's knowledge is taken back later than this.
             pause_s = min(2 * pause_s, LATE_EVERY_S)
+            try:
+                rows = await self.of_quote(quote_id)
+            except DatabaseUnavailable:
+                until = time.monotonic() + LATE_S
         for row in rows:
             await self.cancel_surely(row["id"], reason="database_unavailable")
 

@@ -97,7 +97,7 @@ class Presence:
         self._market = market
         self._relay = relay
         self._router_id = router_id
-        self._place = place
+        self.place = place
         self._has_place = False
         self._peers: dict[str, Peer] = {}
         self._looked_at = float("-inf")
@@ -230,7 +230,7 @@ class Presence:
                 self._router_id,
                 json.dumps(self._summary()),
                 self.minute_tokens_here(),
-                self._place,
+                self.place,
             )
             self._see_copies(place)
             await connection.execute(_FORGET)
@@ -268,7 +268,7 @@ class Presence:
 
     def _see_copies(self, place: str | None) -> None:
         """`place`: what our row said before. We were thought dead, and somebody took our id over."""
-        if self._has_place and place not in (None, self._place):
+        if self._has_place and place not in (None, self.place):
             log.error(
                 "another process uses this router's id: stop one of them, and remove router_id from its"
                 " data folder router=%s",
